@@ -1,0 +1,108 @@
+"""Writes the README's tables from results/*.json, so that nobody types a number.
+
+python benchmarks/tables.py            # `make tables`
+python benchmarks/tables.py --check    # status 1 where the README disagrees with the results
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+OBSERVERS = {
+    "oracle": "knows the taste of the moment",
+    "recent": "sees the last three items, counts matches",
+    "order_blind": "knows all tastes, not their order",
+    "sightless": "knows titles, categories and profiles",
+}
+
+
+def main() -> None:
+    """Rewrites the README, or checks it."""
+    current = README.read_text(encoding="utf-8")
+    wanted = with_tables(current)
+    if "--check" in sys.argv[1:]:
+        raise SystemExit(0 if current == wanted else "README.md and results/ disagree; run `make tables`")
+    README.write_text(wanted, encoding="utf-8")
+
+
+def with_tables(readme: str) -> str:
+    """Returns the README's text with every table made anew."""
+    tables = {"toyworld": toyworld(), "benchmarks": benchmarks(), "pipeline": pipeline()}
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        readme, found = pattern.subn(lambda match, table=table: match[1] + table + match[2], readme)
+        if found != 1:
+            raise SystemExit(f"README.md: expected one place for the table {name!r}, found {found}")
+    return readme
+
+
+def toyworld() -> str:
+    """The ceilings."""
+    figures = results("toyworld")["figures"]["test"]
+    rows = [["observer", "", "AUC", "HR@1", "HR@10", "NDCG@10"]]
+    for name, knows in OBSERVERS.items():
+        scores = [figures[name][metric] for metric in ("auc", "hr@1", "hr@10", "ndcg@10")]
+        rows.append([f"`{name}`", knows, *(f"{score['mean']:.3f} ± {score['sd']:.3f}" for score in scores)])
+    return table(rows)
+
+
+def benchmarks() -> str:
+    """Metrics and full ranking against the alternatives."""
+    metrics, full = results("metrics"), results("full_ranking")
+    rows = [["measured", "against", "time of the alternative / ours", "peak memory, ours / theirs"]]
+    ours, setting = metrics["figures"]["recllm"], metrics["setting"]
+    what = f"{len(setting['metrics'])} metrics, {setting['lists']:,} lists of {setting['candidates']}, arrays"
+    for name, package in (("ranx", "ranx"), ("pytrec_eval", "pytrec-eval-terrier")):
+        theirs = metrics["figures"][name]
+        bare = f"{theirs['ratio_without_preparation']:.0f} without filling its dictionaries"
+        rows.append(
+            [
+                what,
+                f"{name} ({package} {metrics['versions'][package]})",
+                f"{theirs['ratio']:.0f} ({bare})",
+                f"{ours['peak_mib']:.0f} / {theirs['peak_mib']:.0f} MiB",
+            ]
+        )
+    setting, usual = full["setting"], full["figures"]["usual"]
+    rows.append(
+        [
+            f"full ranking, {setting['users']:,} users x {setting['items']:,} items x {setting['dims']}",
+            "scores, mask, `torch.topk`, Python loop",
+            f"{usual['ratio']:.1f}",
+            f"{full['figures']['recllm']['peak_mib']:.0f} / {usual['peak_mib']:.0f} MiB",
+        ]
+    )
+    return f"Machine: {metrics['machine']}.\n\n" + table(rows)
+
+
+def pipeline() -> str:
+    """Import, 5-core and split against pandas."""
+    measured = results("data_pipeline")
+    rows = [["import + 5-core + leave-one-out, rows", "recllm", "pandas", "time ratio"]]
+    for line in measured["figures"]:
+        cells = [
+            f"{line[name]['seconds']:.1f} s, {line[name]['peak_gb']:.1f} GB" for name in ("recllm", "pandas")
+        ]
+        rows.append([f"{line['rows']:,}", *cells, f"{line['time_ratio']:.2f}"])
+    return table(rows)
+
+
+def table(rows: list[list[str]]) -> str:
+    """A Markdown table; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def results(name: str) -> dict[str, Any]:
+    """Reads one file of measured figures."""
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The `recllm` command, for example `recllm data import table log.csv OUT`; `recllm --help` lists them."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import recllm
+from recllm.config import run_command
+
+# The words of a command -> (module with the options and the function, options class, function, what it does).
+COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "data import table": (
+        "recllm.data.commands",
+        "Table",
+        "import_raw",
+        "CSV, TSV, JSONL or parquet by column names",
+    ),
+    "data import movielens": (
+        "recllm.data.commands",
+        "MovieLens",
+        "import_raw",
+        "MovieLens, with posters and plots",
+    ),
+    "data import amazon": (
+        "recllm.data.commands",
+        "Amazon",
+        "import_raw",
+        "Amazon Reviews 2014, 2018 and 2023",
+    ),
+    "data import microlens": ("recllm.data.commands", "MicroLens", "import_raw", "MicroLens, with covers"),
+    "data import yelp": ("recllm.data.commands", "Yelp", "import_raw", "Yelp Open Dataset, with photos"),
+    "data import recbole": ("recllm.data.commands", "RecBole", "import_raw", "RecBole atomic files"),
+    "data import sequences": (
+        "recllm.data.commands",
+        "Sequences",
+        "import_raw",
+        "one line a user: user item item ...",
+    ),
+    "data import presplit": ("recllm.data.commands", "PreSplit", "import_raw", "train, valid and test pairs"),
+    "data toyworld": ("recllm.data.commands", "ToyworldConfig", "toyworld", "make the toy world"),
+    "data inspect": ("recllm.data.commands", "InspectOptions", "inspect", "what is in a dataset"),
+    "data filter": (
+        "recllm.data.commands",
+        "FilterOptions",
+        "filter_",
+        "k-core, rating threshold, image or text required",
+    ),
+    "data split": ("recllm.data.commands", "SplitOptions", "split", "training, validation and test"),
+    "data candidates": (
+        "recllm.data.commands",
+        "CandidateOptions",
+        "candidates",
+        "1+N candidates for each target",
+    ),
+    "score popularity": (
+        "recllm.rankers.commands",
+        "PopularityOptions",
+        "popularity",
+        "the popularity baseline",
+    ),
+    "eval ranks": (
+        "recllm.evaluation.commands",
+        "RankReportConfig",
+        "rank_report",
+        "metrics of scores or rank records",
+    ),
+    "eval compare": (
+        "recllm.evaluation.commands",
+        "CompareRunsConfig",
+        "compare_runs",
+        "significance between systems",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command; exits with 1 for what the user can mend, with 2 for unusable arguments."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    if arguments[0] in ("-V", "--version"):
+        print(f"recllm {recllm.__version__}")
+        return
+    for length in (3, 2):
+        words = " ".join(arguments[:length])
+        if words in COMMANDS and len(arguments) >= length:
+            _run(words, arguments[length:])
+            return
+    _refuse(arguments)
+
+
+def _run(words: str, rest: list[str]) -> None:
+    module_name, options, function, _ = COMMANDS[words]
+    try:
+        module = importlib.import_module(module_name)
+        run_command(getattr(module, options), getattr(module, function), rest, prog=f"recllm {words}")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left", file=sys.stderr)
+        raise SystemExit(130) from None
+    except BrokenPipeError:  # `recllm ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refuse(arguments: list[str]) -> None:
+    flag = next((place for place, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    said = " ".join(arguments[: min(flag, 3)])
+    begun = [words for words in COMMANDS if words.startswith(said + " ")]
+    if begun:
+        asked = any(word in ("-h", "--help") for word in arguments)
+        print(_overview(begun), file=sys.stdout if asked else sys.stderr)
+        raise SystemExit(0 if asked else 2)
+    near = difflib.get_close_matches(said, COMMANDS, n=1, cutoff=0.0)[0]
+    print(f"error: no command {said!r}; the nearest is {near!r} (`recllm --help` lists all)", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _overview(commands: Sequence[str] = tuple(COMMANDS)) -> str:
+    width = max(map(len, commands))
+    lines = [f"  recllm {words:<{width}}  {COMMANDS[words][3]}" for words in commands]
+    return "\n".join(["usage: recllm COMMAND [options]   (COMMAND --help says which)", "", *lines])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""Configuration: a dataclass for each command, filled from YAML (`--config`), then from flags; flags win."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from recllm.errors import DataError
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    config: type[Config], argv: Sequence[str] | None = None, *, prog: str | None = None
+) -> Config:
+    """Builds `config` from command-line arguments.
+
+    Fields without a default are required. Fields annotated `tyro.conf.Positional` are given without a flag,
+    all others as `--field-name value`. `--config FILE.yaml` sets fields by name before the flags are read.
+
+    Args:
+        config: A dataclass; the string below each field is its help.
+        argv: Arguments without the program name; `sys.argv[1:]` when None.
+        prog: The name that the help prints.
+
+    Raises:
+        DataError: The YAML file is missing or malformed, has an unknown key (the nearest known one is named),
+        or a
+            value of the wrong type.
+        SystemExit: The flags are unusable (status 2, with a message), or `--help` was asked for.
+    """
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path = _take_config_flag(argv)
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_yaml(path, config)
+    required = [field.name for field in dataclasses.fields(config) if _is_required(field)]
+    default = config(**{**dict.fromkeys(required, tyro.MISSING), **values})
+    return tyro.cli(
+        config,
+        args=argv,
+        prog=prog,
+        default=default,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+    )
+
+
+def run_command(
+    config: type[Config],
+    command: Callable[[Config], None],
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+) -> None:
+    """Parses the arguments and runs `command`; a `DataError` becomes one message and exit status 1."""
+    try:
+        command(parse_config(config, argv, prog=prog))
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _take_config_flag(argv: list[str]) -> Path | None:
+    for position, argument in enumerate(argv):
+        if argument == "--config":
+            if position + 1 == len(argv):
+                raise DataError("--config needs a YAML file")
+            path = argv[position + 1]
+            del argv[position : position + 2]
+            return Path(path)
+        if argument.startswith("--config="):
+            del argv[position]
+            return Path(argument.removeprefix("--config="))
+    return None
+
+
+def _read_yaml(path: Path, config: type) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"--config {path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"--config {path}: not readable as YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise DataError(f"--config {path}: expected `key: value` lines at the top level")
+    hints = typing.get_type_hints(config)
+    for key in content:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise DataError(f"--config {path}: unknown key {key!r}; the nearest known key is {near[0]!r}")
+    return {key: _convert(value, hints[key], f"--config {path}: {key}") for key, value in content.items()}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """Checks one YAML value against a field's type; converts lists to tuples, text to paths, nothing else."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _convert(value, arguments[0], where)
+    if origin in (typing.Union, types.UnionType):
+        for option in arguments:
+            try:
+                return _convert(value, option, where)
+            except DataError:
+                continue
+    elif origin is typing.Literal and value in arguments:
+        return value
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_convert(entry, arguments[0], where) for entry in value)
+    elif origin is dict and isinstance(value, dict):
+        return {_convert(k, arguments[0], where): _convert(v, arguments[1], where) for k, v in value.items()}
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif hint is type(None) and value is None:
+        return None
+    elif isinstance(hint, type) and origin is None and type(value) is hint:
+        return value
+    raise DataError(f"{where}: {value!r} is not of type {_name(hint)}")
+
+
+def _name(hint: Any) -> str:
+    return (
+        hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("pathlib.", "")
+    )
+
+
+def _is_required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

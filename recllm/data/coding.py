@@ -1,0 +1,38 @@
+"""Ids as codes: row numbers in the sorted tables, which everything that counts or ranks works on."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+UNKNOWN = -1
+
+
+def encode(interactions: pl.LazyFrame, users: pl.Series, items: pl.Series) -> tuple[np.ndarray, np.ndarray]:
+    """Encodes the users and items of a log.
+
+    Args:
+        interactions: With the text columns `user` and `item`.
+        users: The user ids, each once.
+        items: The item ids, each once.
+
+    Returns:
+        User codes and item codes, int32, shape [interactions]; `UNKNOWN` for a null id.
+
+    Raises:
+        polars.exceptions.InvalidOperationError: An id is not among `users` or `items`.
+    """
+    # A cast to an Enum is a strict dictionary look-up, streamed.
+    coded = interactions.select(pl.col("user").cast(pl.Enum(users)), pl.col("item").cast(pl.Enum(items)))
+    coded = coded.select(pl.all().to_physical().cast(pl.Int32).fill_null(UNKNOWN)).collect(engine="streaming")
+    return coded["user"].to_numpy(), coded["item"].to_numpy()
+
+
+def recode(codes: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Returns the codes that hold after only the `kept` rows of the table were kept.
+
+    Args:
+        codes: Codes of kept rows; shape [interactions].
+        kept: True for each row of the table that stays; shape [table].
+    """
+    return (np.cumsum(kept, dtype=np.int32) - 1)[codes]

@@ -1,0 +1,133 @@
+"""What the `recllm data ...` commands do and print, over the library's functions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+from tyro.conf import Positional
+
+from recllm.data.candidates import CandidateOptions, make_candidates
+from recllm.data.dataset import Dataset
+from recllm.data.filtering import FilterOptions, filter_dataset
+from recllm.data.importing import import_dataset
+from recllm.data.readers import (
+    Amazon,
+    ImportOptions,
+    MicroLens,
+    MovieLens,
+    PreSplit,
+    RecBole,
+    Sequences,
+    Table,
+    Yelp,
+)
+from recllm.data.splits import Split, SplitOptions, make_split
+from recllm.data.toyworld import ToyworldConfig, write_toyworld
+
+__all__ = [
+    "Amazon",
+    "CandidateOptions",
+    "FilterOptions",
+    "InspectOptions",
+    "MicroLens",
+    "MovieLens",
+    "PreSplit",
+    "RecBole",
+    "Sequences",
+    "SplitOptions",
+    "Table",
+    "ToyworldConfig",
+    "Yelp",
+    "candidates",
+    "filter_",
+    "import_raw",
+    "inspect",
+    "split",
+    "toyworld",
+]
+
+
+@dataclass
+class InspectOptions:
+    """Shows what is in a dataset: counts, columns, the first rows, what the import left out."""
+
+    dataset: Positional[Path]
+    """The dataset folder."""
+    rows: int = 3
+    """Rows of each table to show."""
+
+
+def import_raw(options: ImportOptions) -> None:
+    """Imports raw files and prints what came of it."""
+    dataset, findings = import_dataset(options)
+    for line in findings.lines():
+        print(line)
+    _print_counts(dataset)
+
+
+def toyworld(options: ToyworldConfig) -> None:
+    """Makes a toy world."""
+    _print_counts(write_toyworld(options))
+
+
+def inspect(options: InspectOptions) -> None:
+    """Prints a dataset's counts, columns and first rows."""
+    dataset = Dataset.open(options.dataset)
+    _print_counts(dataset)
+    for kind in ("left_out", "kept"):
+        for reason, entry in dataset.manifest["dropped"].get(kind, {}).items():
+            print(f"{kind.replace('_', ' ')}: {entry['rows']:,} {reason}")
+    tables = {"items": dataset.items, "interactions": dataset.scan_interactions(), "users": dataset.users}
+    with pl.Config(tbl_cols=-1, fmt_str_lengths=40, tbl_hide_dataframe_shape=True):
+        for name, table in tables.items():
+            print(f"\n{name}.parquet")
+            print(table.lazy().head(options.rows).collect())
+
+
+def filter_(options: FilterOptions) -> None:
+    """Filters a dataset into a new one."""
+    filtered = filter_dataset(Dataset.open(options.dataset), options)
+    for reason, entry in filtered.manifest["dropped"]["left_out"].items():
+        print(f"left out: {entry['rows']:,} {reason}")
+    _print_counts(filtered)
+
+
+def split(options: SplitOptions) -> None:
+    """Splits a dataset."""
+    made = make_split(Dataset.open(options.dataset), options)
+    counts = made.manifest["counts"]
+    print(f"{made.folder}: protocol {made.protocol}")
+    for part in ("train", "valid", "test"):
+        targets = f", {counts[f'{part}_targets']:,} of them targets" if part != "train" else ""
+        print(f"  {part:<6} {counts[part]:>12,} interactions{targets}")
+    if counts["unused"]:
+        print(f"  unused {counts['unused']:>12,} interactions")
+    for warning in made.manifest["warnings"]:
+        print(f"warning: {warning}")
+
+
+def candidates(options: CandidateOptions) -> None:
+    """Draws candidates for a split."""
+    opened = Split.open(options.split)
+    folder = make_candidates(opened, options)
+    for part in ("valid", "test"):
+        rows = pl.scan_parquet(folder / f"{part}.parquet", glob=False).select(pl.len()).collect().item()
+        lists = rows // (options.negatives + 1)
+        print(
+            f"{folder / part}.parquet: {lists:,} lists of 1+{options.negatives}, "
+            f"protocol {opened.protocol}/{options.name}"
+        )
+
+
+def _print_counts(dataset: Dataset) -> None:
+    counts = dataset.manifest["counts"]
+    print(
+        f"{dataset.folder}: {counts['users']:,} users, {counts['items']:,} items, "
+        f"{counts['interactions']:,} interactions"
+    )
+    told = [f"{counts[f'items_with_{what}']:,} with {what}" for what in ("title", "text", "image")]
+    print(f"  items: {', '.join(told)}")
+    told = [f"{counts[what]:,} with {what}" for what in ("timestamps", "ratings", "reviews")]
+    print(f"  interactions: {', '.join(told)}")

@@ -1,0 +1,1 @@
+"""Raw files as tables: tolerant reading, findings, and cleaning to the schema's types."""

@@ -1,0 +1,243 @@
+"""From a source's columns to the schema's types: ids as text, times as UTC seconds, ratings as numbers.
+
+A row that cannot be read so is *bad*: it is counted, named by its line, and left out; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import polars as pl
+
+from recllm.data import schema
+from recllm.data.raw.findings import SHOWN, Findings
+from recllm.data.raw.tables import FILE, LINE, RawTable
+from recllm.errors import DataError
+
+TimestampUnit = Literal["auto", "s", "ms", "us", "ns"]
+
+PROBLEM = "__problem"
+PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
+# Seconds stay below 1e11 until the year 5138, milliseconds since 1973 lie above it, and so on by 1,000.
+_UNIT_BOUNDS = {"s": (0, 10**11), "ms": (10**11, 10**14), "us": (10**14, 10**17), "ns": (10**17, 2**63)}
+_SAMPLE = 1000
+
+
+def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings: Findings) -> pl.Series:
+    """Streams a source's interactions to `path` in the schema's types.
+
+    A row without a readable user, item or rating is bad. One whose time cannot be read is kept without a
+    time: the interaction took place. Such rows come first in a user's history and are never a validation or
+    test target.
+
+    Args:
+        raw: The source table.
+        path: The parquet file to write. Bad rows are in it, without user and item.
+        unit: The unit of numeric timestamps; "auto" tells it from their size.
+        findings: Where bad rows, and rows without a time, are counted.
+
+    Returns:
+        True for each good row; shape [rows].
+
+    Raises:
+        DataError: Timestamps are in several units, most cannot be read, or every row is bad.
+    """
+    timed = "timestamp" in raw.frame.collect_schema()
+    try:
+        good, untimed = _write_typed(raw.frame, path, unit, findings, raw.path)
+        clean = bool(good.all()) and not (timed and untimed)
+    except pl.exceptions.PolarsError:
+        if raw.with_lines is None:
+            raise
+        clean = False
+    if not clean and raw.with_lines is not None:
+        raw.frame, raw.with_lines = raw.with_lines(), None
+        good, untimed = _write_typed(raw.frame, path, unit, findings, raw.path)
+    if len(good) == 0:
+        raise DataError(f"{raw.path} has no rows that could be read. " + "; ".join(findings.lines()[:3]))
+    if not clean:
+        _report(raw, unit, findings, path)
+    if not good.any():
+        raise DataError(f"{raw.path}: no interaction could be read. " + "; ".join(findings.lines()[:3]))
+    if timed and untimed > len(good) / 2:
+        told = "; ".join(findings.lines()[:2])
+        raise DataError(
+            f"{raw.path}: {untimed:,} of {len(good):,} rows have no time that can be read. {told}"
+        )
+    return good
+
+
+def read_side_table(raw: RawTable, key: str, findings: Findings) -> pl.DataFrame:
+    """Reads an items or users table: ids as text, one row an id (the first counts), sorted by id.
+
+    Args:
+        raw: The source table.
+        key: `item` or `user`.
+        findings: Where rows without an id, and repeated ids, are counted.
+    """
+    try:
+        frame = raw.frame.collect()
+    except pl.exceptions.PolarsError:
+        if raw.with_lines is None:
+            raise
+        frame = raw.with_lines().collect()
+    frame = frame.with_columns(clean_id(frame.lazy(), key, findings))
+    missing = frame.filter(pl.col(key).is_null())
+    where = missing[LINE].head(SHOWN) if LINE in frame.columns else []
+    findings.drop(
+        f"rows of {raw.path.name} without {key} id", len(missing), [f"line {line}" for line in where]
+    )
+    frame = frame.filter(pl.col(key).is_not_null())
+    repeated = frame.filter(~pl.col(key).is_first_distinct())[key]
+    examples = [f"{key} {name!r}" for name in repeated.head(SHOWN)]
+    findings.drop(f"repeated {key} ids in {raw.path.name} (the first counts)", len(repeated), examples)
+    frame = frame.unique(key, keep="first", maintain_order=True).sort(key)
+    return frame.drop(LINE, FILE, strict=False)
+
+
+def _write_typed(
+    frame: pl.LazyFrame, path: Path, unit: str, findings: Findings, source: Path
+) -> tuple[pl.Series, int]:
+    typed = _typed(frame, unit, findings, source)
+    typed = typed.with_columns(pl.when(pl.col(PROBLEM).is_null()).then(pl.col("user", "item")).name.keep())
+    schema.complete(typed.drop(PROBLEM, LINE, FILE, strict=False), "interactions").sink_parquet(
+        path, engine="streaming", compression_level=1
+    )
+    written = pl.scan_parquet(path, glob=False)
+    good = written.select(pl.col("user").is_not_null()).collect(engine="streaming")["user"]
+    return good, written.select(pl.col("timestamp").null_count()).collect(engine="streaming").item()
+
+
+def _report(raw: RawTable, unit: str, findings: Findings, path: Path) -> None:
+    """Counts bad rows, and rows without a time, with the numbers of their lines."""
+    frame = _typed(raw.frame, unit, Findings(), raw.path).with_row_index("__row", offset=1)
+    number = LINE if LINE in frame.collect_schema() else "__row"
+    what = number.strip("_")
+    file = pl.col(FILE) if FILE in frame.collect_schema() else pl.lit(raw.path.name).alias(FILE)
+    bad = frame.filter(pl.col(PROBLEM).is_not_null()).select(file, number, PROBLEM)
+    bad = bad.collect(engine="streaming")
+    examples = (f"{name}, {what} {row}: {problem}" for name, row, problem in bad.iter_rows())
+    findings.drop(f"malformed lines in {raw.path.name}", len(bad), examples)
+    if "timestamp" not in raw.frame.collect_schema():
+        return
+    untimed = pl.read_parquet(path, columns=["user", "timestamp"], glob=False).with_row_index(
+        "__row", offset=1
+    )
+    untimed = untimed.filter(pl.col("timestamp").is_null() & pl.col("user").is_not_null()).select("__row")
+    shown = raw.frame.with_row_index("__row", offset=1).join(
+        untimed.head(SHOWN).lazy(), on="__row", how="semi"
+    )
+    rows = shown.select(file, number, pl.col("timestamp").cast(pl.String)).collect().iter_rows()
+    examples = (f"{name}, {what} {row}: timestamp {text!r}" for name, row, text in rows)
+    findings.spoil("interactions without a readable time", len(untimed), examples)
+
+
+def _typed(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> pl.LazyFrame:
+    """Adds the schema's types, and `PROBLEM`: what is wrong with a row, null for a good one."""
+    types = frame.collect_schema()
+    columns = [clean_id(frame, "user", findings), clean_id(frame, "item", findings)]
+    user, item = columns
+    undecoded = user.str.contains("\ufffd", literal=True) | item.str.contains("\ufffd", literal=True)
+    problem = pl.when(user.is_null()).then(pl.lit("no user id"))
+    problem = problem.when(item.is_null()).then(pl.lit("no item id"))
+    problem = problem.when(undecoded).then(pl.lit("an id with bytes that are not in the file's encoding"))
+    if "timestamp" in types:
+        columns.append(_seconds(frame, unit, findings, source))
+    if "rating" in types:
+        text = pl.col("rating").cast(pl.String).str.strip_chars()
+        rating = pl.col("rating").cast(pl.Float32, strict=False)
+        wrong = (text != "") & ~rating.is_finite().fill_null(False)
+        problem = problem.when(wrong).then(pl.format("rating '{}' is no number", text.str.slice(0, 40)))
+        columns.append(rating)
+    if "review" in types:
+        text = pl.col("review").cast(pl.String)
+        columns.append(pl.when(text != "").then(text).alias("review"))
+    return frame.with_columns(*columns, problem.otherwise(None).alias(PROBLEM))
+
+
+def clean_id(frame: pl.LazyFrame, name: str, findings: Findings) -> pl.Expr:
+    """Returns an id as text without spaces around it; whole floats lose the `.0` that nulls gave them."""
+    dtype = frame.collect_schema()[name]
+    column = pl.col(name)
+    if dtype.is_float():
+        whole = column.cast(pl.Int64, strict=False)
+        return pl.when(whole.cast(dtype) == column).then(whole.cast(pl.String)).alias(name)
+    if dtype != pl.String:
+        return column.cast(pl.String).alias(name)
+    text = column.str.strip_chars()
+    sample = frame.select(text.alias("id")).filter(pl.col("id") != "").head(_SAMPLE).collect()["id"]
+    if len(sample) and sample.str.contains(r"^\d+\.0$").all():
+        findings.note(
+            f"{name} ids such as {sample[0]!r} are whole numbers written with '.0', which was removed"
+        )
+        text = pl.when(text.str.contains(r"^\d+\.0$")).then(text.str.strip_suffix(".0")).otherwise(text)
+    return pl.when(text != "").then(text).alias(name)
+
+
+def _seconds(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> pl.Expr:
+    """A timestamp column as UTC seconds (int64, rounded down); what is no time becomes null."""
+    dtype = frame.collect_schema()["timestamp"]
+    column = pl.col("timestamp")
+    if dtype.is_temporal():
+        if getattr(dtype, "time_zone", None):
+            column = column.dt.convert_time_zone("UTC")
+        return column.dt.epoch("s").alias("timestamp")
+    if dtype == pl.String:
+        column = column.str.strip_chars()
+        sample = frame.select(column).filter(pl.col("timestamp") != "").head(_SAMPLE).collect()["timestamp"]
+        if sample.cast(pl.Float64, strict=False).null_count() == len(sample) > 0:
+            return _dates(sample, source).alias("timestamp")
+    whole = column.cast(pl.Int64, strict=False)
+    if dtype == pl.String or dtype.is_float():
+        # Text such as "1.5e9" or "964982703.25"; far slower than a cast to integers, so only where that
+        # fails.
+        broken = column.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False)
+        whole = pl.when(whole.is_not_null()).then(whole).otherwise(broken)
+    if unit == "auto":
+        unit = _detect_unit(frame.select(whole.alias("timestamp")), source)
+        if unit != "s":
+            findings.note(
+                f"timestamps in {source.name} are in {unit}; they were divided by {PER_SECOND[unit]:,}"
+            )
+    return (whole if unit == "s" else whole.floordiv(PER_SECOND[unit])).alias("timestamp")
+
+
+def _detect_unit(frame: pl.LazyFrame, source: Path) -> str:
+    size = pl.col("timestamp").abs()
+    ranges = {unit: ((size >= low) & (size < high)).sum() for unit, (low, high) in _UNIT_BOUNDS.items()}
+    counts = (
+        frame.filter(pl.col("timestamp") != 0).select(**ranges).collect(engine="streaming").row(0, named=True)
+    )
+    found = [unit for unit, count in counts.items() if count]
+    if len(found) > 1:
+        told = ", ".join(f"{counts[unit]:,} look like {unit}" for unit in found)
+        raise DataError(
+            f"{source}: timestamps in several units ({told}); mend the file, or say --timestamp-unit"
+        )
+    return found[0] if found else "s"
+
+
+def _dates(sample: pl.Series, source: Path) -> pl.Expr:
+    """Dates as text: ISO 8601, with or without time and zone (UTC where none is given), or `MM DD, YYYY`."""
+    formats = (
+        "%Y-%m-%dT%H:%M:%S%.f%#z",
+        "%Y-%m-%d %H:%M:%S%.f%#z",
+        "%Y-%m-%dT%H:%M:%S%.f",
+        "%Y-%m-%d %H:%M:%S%.f",
+        "%Y-%m-%d",
+        "%m %d, %Y",
+    )
+    for form in formats:
+        zoned = form.endswith("z")
+        column = pl.col("timestamp").str.strip_chars()
+        if zoned:
+            column = column.str.replace("Z$", "+00:00")
+        dtype = pl.Datetime("us", "UTC") if zoned else pl.Datetime("us")
+        if "%H" not in form:
+            dtype = pl.Date()
+        expression = column.str.strptime(dtype, form, strict=False)
+        parsed = sample.to_frame("timestamp").select(expression)["timestamp"]
+        if parsed.null_count() < len(sample) / 2:
+            return expression.dt.epoch("s")
+    raise DataError(f"{source}: timestamps such as {sample[0]!r} are neither numbers nor ISO 8601 dates")

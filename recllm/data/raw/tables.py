@@ -1,0 +1,169 @@
+"""What every reader returns, and the small things that readers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from recllm.data.raw.findings import Findings
+from recllm.errors import DataError
+
+LINE = "__line"
+"""Name of the column that holds a row's line number in its source file, where a reader knows it."""
+FILE = "__file"
+"""Name of the column that holds a row's source file, where a table is read from several."""
+_OWN = (LINE, FILE, "__problem", "__row", "__keep", "__part")
+
+
+@dataclass
+class RawTable:
+    """One table as it stands in the source, before ids, times and numbers are checked.
+
+    Attributes:
+        path: The source file, for messages.
+        frame: The rows, in input order; columns carry recllm's names. Values may still be text. `LINE` and
+            `FILE` are columns for messages and are left out of the dataset.
+        with_lines: Reads the table once more, slowly, with a `LINE` column, to name the lines of bad rows.
+            None where `frame` has that column already.
+    """
+
+    path: Path
+    frame: pl.LazyFrame
+    with_lines: Callable[[], pl.LazyFrame] | None = None
+
+
+@dataclass
+class RawDataset:
+    """What a reader returns.
+
+    Attributes:
+        interactions: `user`, `item`, and where there are any `timestamp`, `rating`, `review` and extra
+            columns.
+        items: `item`, and where there are any `title`, `text`, `categories`, `images` and extra columns; None
+            where the source has no items table. `images` holds paths relative to `image_folder`.
+        users: `user` and extra columns; None where the source has no users table.
+        image_folder: The folder of the source images.
+        source: What the manifest says of the source; `order: time` where the order of the rows stands for
+            times.
+    """
+
+    interactions: RawTable
+    items: RawTable | None = None
+    users: RawTable | None = None
+    image_folder: Path | None = None
+    source: dict[str, str] = field(default_factory=dict)
+
+
+def find_file(folder: Path, *names: str, what: str) -> Path:
+    """Returns the first of `names` (glob patterns allowed) that exists in `folder`.
+
+    Raises:
+        DataError: None exists; the message lists what the folder holds.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected the folder with {what}")
+    for name in names:
+        found = sorted(path for path in folder.glob(name) if path.is_file())
+        if found:
+            return found[0]
+    raise DataError(f"{folder}: no {what} ({' or '.join(names)}); {_held(folder)}")
+
+
+def existing_file(path: Path, what: str) -> Path:
+    """Returns `path` if it is a file.
+
+    Raises:
+        DataError: It is a folder, or does not exist; the message lists what the folder holds.
+    """
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give {what} in it ({_held(path)})")
+    parent = path.parent
+    raise DataError(f"{path}: no such file{f'; {parent}: ' + _held(parent) if parent.is_dir() else ''}")
+
+
+def _held(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    more = f" and {len(names) - 12:,} more" if len(names) > 12 else ""
+    return f"the folder holds: {', '.join(names[:12]) or 'nothing'}{more}"
+
+
+def require_columns(path: Path, found: Iterable[str], needed: Iterable[str]) -> None:
+    """Checks that a table has the columns a reader needs.
+
+    Raises:
+        DataError: One is missing; the message lists those found.
+    """
+    found = list(found)
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise DataError(f"{path}: missing column {', '.join(map(repr, missing))}; found: {', '.join(found)}")
+
+
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Checks that column names can be kept: Polars reads `*` and `^...$` as patterns, and some names are
+    recllm's own.
+
+    Raises:
+        DataError: One cannot.
+    """
+    for name in names:
+        if name == "*" or (name.startswith("^") and name.endswith("$")) or name in _OWN:
+            raise DataError(f"{path}: the column name {name!r} cannot be kept; rename the column")
+
+
+def images_by_item(
+    folder: Path, items: pl.Series, findings: Findings, *, pattern: str | None = None
+) -> pl.DataFrame:
+    """Finds the images of items in a folder.
+
+    Without a pattern, an image belongs to the item whose id is the file's name without its suffix (`123.jpg`,
+    `123.png`) or with a number behind it (`123_0.jpg`, `123_1.jpg`).
+
+    Args:
+        folder: The image folder.
+        items: Item ids.
+        findings: Where images without an item are noted.
+        pattern: A path relative to `folder` with `{item}` in it, for example `{item}/cover.jpg`.
+
+    Returns:
+        Columns `item` and `images` (paths relative to `folder`), one row for each item that has one.
+
+    Raises:
+        DataError: The folder is missing, or the pattern lacks `{item}`.
+    """
+    from recllm.data.image_files import SUFFIXES, is_inside, is_plain_file
+
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected the images")
+    if pattern is not None:
+        if "{item}" not in pattern:
+            raise DataError(
+                f"the image pattern {pattern!r} has no {{item}} in it, so it names one file for all items"
+            )
+        found = [(item, pattern.replace("{item}", item)) for item in items.unique().sort()]
+        outside = [f"item {item!r}: {path!r}" for item, path in found if not is_inside(path)]
+        findings.drop("image paths that leave the image folder", len(outside), outside)
+        rows = [(item, [path]) for item, path in found if is_inside(path) and is_plain_file(folder / path)]
+    else:
+        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        known = set(items.to_list())
+        by_item: dict[str, list[str]] = {}
+        for name in names:
+            stem = name.rsplit(".", 1)[0]
+            head, _, number = stem.rpartition("_")
+            item = stem if stem in known else head if head in known and number.isdigit() else None
+            if item is not None:
+                by_item.setdefault(item, []).append(name)
+        unused = len(names) - sum(map(len, by_item.values()))
+        if unused:
+            findings.note(
+                f"{unused:,} of {len(names):,} images in {folder.name} belong to no item and were not copied"
+            )
+        rows = list(by_item.items())
+    types = {"item": pl.String(), "images": pl.List(pl.String())}
+    return pl.DataFrame(rows, schema=types, orient="row")

@@ -1,0 +1,313 @@
+"""Amazon reviews of 2014, 2018 and 2023 as their authors ship them; the fields tell the generation."""
+
+from __future__ import annotations
+
+import calendar
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+import polars as pl
+
+from recllm.data.raw.anyfile import JSON, read_table, suffix_of
+from recllm.data.raw.findings import Findings
+from recllm.data.raw.joining import items_of, join_images, mapped
+from recllm.data.raw.lines import (
+    as_number,
+    as_text,
+    as_texts,
+    as_whole,
+    parse_json_or_literal,
+    scan_json_lines,
+    scan_parquet_objects,
+    unpack,
+)
+from recllm.data.raw.tables import LINE, RawDataset, RawTable, existing_file
+from recllm.data.readers.options import ImportOptions
+from recllm.errors import DataError
+
+TEXT, TEXTS = pl.String(), pl.List(pl.String())
+REVIEWS = {
+    "user": TEXT,
+    "item": TEXT,
+    "timestamp": pl.Int64(),
+    "rating": pl.Float64(),
+    "review": TEXT,
+    "summary": TEXT,
+    "verified": pl.Boolean(),
+    "helpful": pl.Int64(),
+    "asin": TEXT,
+    "parent_asin": TEXT,
+    "style": TEXT,
+    "image_urls": TEXTS,
+}
+ITEMS = {
+    "item": TEXT,
+    "title": TEXT,
+    "text": TEXT,
+    "categories": TEXTS,
+    "brand": TEXT,
+    "store": TEXT,
+    "author": TEXT,
+    "subtitle": TEXT,
+    "price": TEXT,
+    "main_category": TEXT,
+    "details": TEXT,
+    "image_urls": TEXTS,
+}
+SIZES = ("hi_res", "large", "thumb", "large_image_url", "medium_image_url", "small_image_url")
+_2014 = {"user": "reviewerID", "item": "asin", "rating": "overall"}
+
+
+@dataclass
+class Amazon(ImportOptions):
+    """Imports an Amazon review file of 2014, 2018 or 2023 with its metadata.
+
+    Files may be .json.gz or .jsonl, .csv (reviews only) or .parquet, compressed or not. Items of the 2023
+    files are `parent_asin`s. Image addresses are kept in the extra column `image_urls` and never fetched.
+    What Amazon computed from everybody's later behavior (sales ranks, "also bought", mean ratings) is not
+    taken over, for it would show the future to a model. HTML in texts stays as it is.
+    """
+
+    metadata: Path | None = None
+    """The metadata file; by default `meta_<name>.*` beside the reviews, or in `../meta_categories`."""
+    images: Path | None = None
+    """Folder of item images, named by item id: `<item>.jpg`, `<item>_0.jpg`, ..."""
+    variants: bool = False
+    """Items are the variants (`asin`) of the 2023 files, with title and text of their `parent_asin`."""
+    all_items: bool = False
+    """Keep items of the metadata that nobody reviewed; a 5-core's metadata file holds the whole category."""
+
+    def read(self, findings: Findings, workspace: Path) -> RawDataset:
+        """Reads reviews and metadata."""
+        existing_file(self.source, "the review file")
+        reviews, generation = self._read_reviews(findings, workspace)
+        raw = RawDataset(reviews, source={"generation": generation})
+        metadata = self.metadata or find_metadata(self.source)
+        if metadata is not None:
+            existing_file(metadata, "the metadata file")
+            raw.items = self._read_metadata(metadata, reviews, findings, workspace)
+            raw.source["metadata"] = metadata.name
+        else:
+            findings.note(f"no metadata file (meta_*) beside {self.source.name}: items have no titles")
+        if self.images is not None:
+            join_images(raw, self.images, findings)
+        return raw
+
+    def _read_reviews(self, findings: Findings, workspace: Path) -> tuple[RawTable, str]:
+        suffix = suffix_of(self.source)
+        if suffix not in (*JSON, ".parquet"):
+            return self._read_csv(findings, workspace)
+        seen: set[str] = set()
+
+        def row(content: dict[str, Any]) -> dict[str, Any]:
+            if "parent_asin" in content or "user_id" in content:
+                seen.add("2023")
+                return _review_2023(content, self.variants)
+            seen.add("2018" if "verified" in content else "2014")
+            return _review_2014(content)
+
+        frame = _scan(self.source, row, REVIEWS, findings, workspace)
+        if self.variants and seen and "2023" not in seen:
+            raise DataError(f"{self.source}: --variants is for the files of 2023; these have no parent_asin")
+        return RawTable(self.source, _without_empty(frame, REVIEWS)), ", ".join(sorted(seen))
+
+    def _read_csv(self, findings: Findings, workspace: Path) -> tuple[RawTable, str]:
+        table = read_table(self.source, findings, workspace)
+        found = [name for name in table.frame.collect_schema().names() if name != LINE]
+        if {"user_id", "parent_asin"} <= set(found):
+            key = "asin" if self.variants else "parent_asin"
+            columns, generation = (
+                {"user": "user_id", "item": key, "review": "text", "summary": "title"},
+                "2023",
+            )
+            columns |= {"rating": "rating", "timestamp": "timestamp"}
+            columns |= {"parent_asin": "parent_asin"} if self.variants else {}
+        elif {"reviewerID", "asin"} <= set(found):
+            columns, generation = {**_2014, "review": "reviewText", "timestamp": "unixReviewTime"}, "2014"
+            if "unixReviewTime" not in found:
+                columns["timestamp"] = "reviewTime"
+        else:
+            raise DataError(
+                f"{self.source}: no column reviewerID or user_id; found: {', '.join(found)}. "
+                "Files of ratings without a header line are for the reader of tables"
+            )
+        needed = ("user", "item", "parent_asin")
+        columns = {name: source for name, source in columns.items() if source in found or name in needed}
+        table = mapped(table, columns, "interactions")
+        if generation == "2014" and "helpful" in found:
+            # "[13, 14]": 13 of 14 votes say that the review helped.
+            votes = pl.col("helpful").str.extract(r"^\[(\d+)").cast(pl.Int64)
+            again = table.with_lines
+            exactly = None if again is None else lambda: again().with_columns(votes)
+            table = RawTable(table.path, table.frame.with_columns(votes), exactly)
+        return table, generation
+
+    def _read_metadata(self, path: Path, reviews: RawTable, findings: Findings, workspace: Path) -> RawTable:
+        frame = _scan(path, _item, ITEMS, findings, workspace)
+        total = frame.select(pl.len()).collect().item()
+        frame = _without_empty(frame, ITEMS)
+        ids = items_of(reviews, findings).frame
+        if self.variants:
+            pairs = reviews.frame.select("item", "parent_asin").unique(
+                "item", keep="first", maintain_order=True
+            )
+            frame = pairs.join(
+                frame, left_on="parent_asin", right_on="item", how="inner", maintain_order="left"
+            )
+        elif not self.all_items:
+            frame = frame.join(ids, on="item", how="semi", maintain_order="left")
+        items = frame.collect()
+        distinct = items.unique("item", keep="first", maintain_order=True)
+        if len(items) > len(distinct):
+            findings.note(
+                f"{path.name} repeats {len(items) - len(distinct):,} items; the first line of each counts"
+            )
+        if not self.all_items and not self.variants and total > len(items):
+            unused = total - len(items)
+            findings.note(
+                f"{unused:,} of {total:,} lines of {path.name} are of items that nobody reviewed: not kept"
+            )
+        if len(distinct) == 0:
+            example = ids.head(1).collect()["item"].to_list()
+            raise DataError(
+                f"{path} has no item of {self.source.name} (such as {example}); "
+                "is it the right metadata file?"
+            )
+        return RawTable(path, distinct.lazy())
+
+
+def find_metadata(reviews: Path) -> Path | None:
+    """Returns the metadata file that belongs to a review file by its name, or None."""
+    stem = _stem(reviews)
+    stem = re.sub(r"(^reviews_|_reviews$)", "", re.sub(r"_\d+$", "", stem), flags=re.IGNORECASE)
+    for folder in (reviews.parent, reviews.parent.parent / "meta_categories"):
+        held = sorted(folder.iterdir()) if folder.is_dir() else []
+        found = [path for path in held if _stem(path).lower() == f"meta_{stem}".lower() and path.is_file()]
+        if found:
+            return found[0]
+    return None
+
+
+def _stem(path: Path) -> str:
+    return re.sub(r"(\.(json|jsonl|csv|parquet|gz|bz2|xz|zip))+$", "", path.name, flags=re.IGNORECASE)
+
+
+def _scan(
+    path: Path,
+    row: Callable[[dict[str, Any]], dict[str, Any]],
+    types: dict[str, pl.DataType],
+    findings: Findings,
+    workspace: Path,
+) -> pl.LazyFrame:
+    if suffix_of(path) == ".parquet":
+        return scan_parquet_objects(unpack(path, workspace), row, types, findings, workspace)
+    return scan_json_lines(path, row, types, findings, workspace, parse=parse_json_or_literal)
+
+
+def _without_empty(frame: pl.LazyFrame, types: dict[str, pl.DataType]) -> pl.LazyFrame:
+    """Drops the columns that this generation of files does not have."""
+    counts = (
+        frame.select(pl.col(name).count() for name in types).collect(engine="streaming").row(0, named=True)
+    )
+    return frame.drop(name for name, count in counts.items() if count == 0 and name not in ("user", "item"))
+
+
+def _review_2014(content: dict[str, Any]) -> dict[str, Any]:
+    """A review of 2014 or 2018."""
+    helpful, helpful_votes = content.get("helpful"), content.get("vote")
+    if isinstance(helpful, list) and helpful:
+        helpful_votes = helpful[0]  # 2014: [helpful votes, votes]
+    timestamp = as_whole(content.get("unixReviewTime"))
+    return {
+        "user": as_text(content["reviewerID"]),
+        "item": as_text(content["asin"]),
+        "timestamp": _day(content.get("reviewTime")) if timestamp is None else timestamp,
+        "rating": as_number(content.get("overall")),
+        "review": as_text(content.get("reviewText")),
+        "summary": as_text(content.get("summary")),
+        "verified": content.get("verified"),
+        "helpful": as_whole(helpful_votes),
+        "style": _json(content.get("style")),
+        "image_urls": as_texts(content.get("image")) or None,
+    }
+
+
+def _review_2023(content: dict[str, Any], variants: bool) -> dict[str, Any]:
+    parent = as_text(content["parent_asin"])
+    return {
+        "user": as_text(content["user_id"]),
+        "item": as_text(content["asin"]) if variants else parent,
+        "timestamp": as_whole(content.get("timestamp", content.get("sort_timestamp"))),
+        "rating": as_number(content.get("rating")),
+        "review": as_text(content.get("text")),
+        "summary": as_text(content.get("title")),
+        "verified": content.get("verified_purchase"),
+        "helpful": as_whole(content.get("helpful_vote")),
+        "asin": None if variants else as_text(content.get("asin")),
+        "parent_asin": parent if variants else None,
+        "image_urls": _addresses(content.get("images")) or None,
+    }
+
+
+def _item(content: dict[str, Any]) -> dict[str, Any]:
+    """A metadata line of any generation."""
+    parts = as_texts(content.get("description")) + as_texts(content.get("features", content.get("feature")))
+    urls = as_texts(content.get("imageURLHighRes")) or as_texts(content.get("imageURL", content.get("imUrl")))
+    categories = as_texts(content.get("categories", content.get("category")))
+    author = content.get("author")
+    return {
+        "item": as_text(content["parent_asin"] if "parent_asin" in content else content["asin"]),
+        "title": as_text(content.get("title")),
+        "text": "\n".join(dict.fromkeys(part for part in parts if part.strip())),
+        "categories": list(dict.fromkeys(categories)),
+        "brand": as_text(content.get("brand")),
+        "store": as_text(content.get("store")),
+        "author": as_text(author.get("name")) if isinstance(author, dict) else _json(author),
+        "subtitle": as_text(content.get("subtitle")),
+        "price": as_text(content.get("price")),
+        "main_category": as_text(content.get("main_category", content.get("main_cat"))),
+        "details": _json(content.get("details")),
+        "image_urls": urls or _addresses(content.get("images")) or None,
+    }
+
+
+def _addresses(images: Any) -> list[str]:
+    """Returns the largest address of each image; images are a list of objects, or an object of lists."""
+    if isinstance(images, dict):
+        columns = {name: values for name, values in images.items() if isinstance(values, list)}
+        count = max(map(len, columns.values()), default=0)
+        images = [
+            {name: values[place] for name, values in columns.items() if place < len(values)}
+            for place in range(count)
+        ]
+    found = []
+    for image in _as_list(images):
+        if isinstance(image, dict):
+            image = next((image[size] for size in SIZES if image.get(size)), None)
+        found += as_texts(image)
+    return found
+
+
+def _as_list(value: Any) -> list[Any]:
+    """A list as it is, None as an empty one, and anything else as a list of one."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _json(value: Any) -> str | None:
+    """Returns an object as JSON text; text stays as it is; what is empty becomes None."""
+    if not value:
+        return None
+    return value if isinstance(value, str) else orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def _day(text: Any) -> int | None:
+    """Returns the first second of a day such as "09 4, 2015"; None where it is none."""
+    try:
+        return calendar.timegm(time.strptime(text, "%m %d, %Y"))
+    except (TypeError, ValueError):
+        return None

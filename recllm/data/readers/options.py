@@ -1,0 +1,47 @@
+"""What every import can be told, whichever reader it uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from recllm.data.raw.cleaning import TimestampUnit
+from recllm.data.raw.findings import Findings
+from recllm.data.raw.tables import RawDataset
+
+
+@dataclass
+class ImportOptions:
+    """Options common to all readers."""
+
+    source: Positional[Path]
+    """The file or folder to import."""
+    out: Positional[Path]
+    """The dataset folder to make."""
+    strict: bool = False
+    """Make the first malformed line or row an error instead of counting it and leaving it out."""
+    duplicates: Literal["first", "last", "keep", "error"] = "first"
+    """Of several interactions of a user with an item, keep the first in time, the last, or all; or refuse."""
+    unknown_items: Literal["keep", "drop"] = "keep"
+    """Interactions with items that the items table lacks: keep them, without title and text, or not."""
+    timestamp_unit: TimestampUnit = "auto"
+    """The unit of numeric timestamps; "auto" tells it from their size."""
+    link_images: bool = False
+    """Make hard links to the images, not copies; later changes to the source then show in the dataset."""
+    overwrite: bool = False
+    """Replace the dataset folder where it exists."""
+
+    def read(self, findings: Findings, workspace: Path) -> RawDataset:
+        """Reads the source.
+
+        Args:
+            findings: Where malformed lines are counted.
+            workspace: A folder for intermediate files, removed after the import.
+
+        Raises:
+            DataError: The source is not what this reader expects.
+        """
+        raise TypeError(f"{type(self).__name__} has no reader; use one of recllm.data.readers.READERS")

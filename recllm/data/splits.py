@@ -1,0 +1,215 @@
+"""Training, validation and test: five protocols, each seeded, each with its name in every file made from it.
+
+A split never copies reviews: its files hold `row`, the row number in `interactions.parquet`, and the columns
+that a person wants to see. `target` tells what is to be predicted; rows of a validation or test part that are
+not targets are the history of users whom training does not know (`users` splits).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import polars as pl
+from tyro.conf import Positional
+
+from recllm.data import split_methods
+from recllm.data.dataset import MANIFEST, Dataset, describe_file, hash_of_files
+from recllm.data.split_methods import PARTS, TEST, TRAIN, UNUSED, VALID, Assignment
+from recllm.errors import DataError
+from recllm.files import read_json, staged_folder, write_json
+from recllm.runs import describe_run
+
+HeldOut = Literal["valid", "test"]
+COLUMNS = ("user", "item", "timestamp", "rating")
+
+
+@dataclass
+class SplitOptions:
+    """Splits a dataset into training, validation and test."""
+
+    dataset: Positional[Path]
+    """The dataset folder."""
+    method: Positional[Literal["loo", "ratio", "random", "users", "temporal", "given"]]
+    """loo: each user's last interaction is the test, the one before it the validation target. ratio: a share
+    of each user's interactions (MMRec). random: a share of all interactions (MLLM-SRec). users: a share of
+    the users, last interaction as target (MMSRARec, MLLM-MSR). temporal: everything before one point in time,
+    for all users.
+    given: the parts that the source came with."""
+    ratios: tuple[float, float, float] = (8, 1, 1)
+    """Shares of training, validation and test; not used by loo and given."""
+    order: Literal["random", "time"] = "random"
+    """For ratio: a random share of each user's interactions, or the last ones in time."""
+    seed: int = 42
+    """Seed of random splits."""
+    drop_cold: bool = False
+    """Leave out validation and test targets whose user or item does not occur in training."""
+    name: str | None = None
+    """Folder name below DATASET/splits; by default the protocol's."""
+    overwrite: bool = False
+    """Replace the split where it exists."""
+
+
+class Split:
+    """A split folder, read-only.
+
+    Attributes:
+        dataset: The dataset that was split.
+        folder: The split's folder.
+        manifest: Its `manifest.json`.
+    """
+
+    def __init__(self, dataset: Dataset, folder: Path, manifest: dict) -> None:
+        self.dataset, self.folder, self.manifest = dataset, folder, manifest
+
+    @classmethod
+    def open(cls, folder: Path | str, *, dataset: Dataset | None = None) -> Split:
+        """Opens a split folder (`DATASET/splits/<name>`).
+
+        Args:
+            folder: The folder.
+            dataset: Its dataset, where it is open already.
+
+        Raises:
+            DataError: The folder is not a split, or the dataset is not the one that was split.
+        """
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST, "a split (made by `recllm data split`)")
+        if "protocol" not in manifest or folder.absolute().parent.name != "splits":
+            raise DataError(f"{folder} is not a split; expected DATASET/splits/<name>")
+        dataset = dataset or Dataset.open(folder.absolute().parent.parent)
+        if manifest["data_hash"] != dataset.data_hash:
+            raise DataError(f"{folder} was made from another state of {dataset.folder}; make the split again")
+        for part in PARTS:
+            path = folder / f"{part}.parquet"
+            if not path.exists() or describe_file(path) != manifest["files"].get(path.name):
+                raise DataError(
+                    f"{path} is missing or not the file that {MANIFEST} describes; make the split again"
+                )
+        return cls(dataset, folder, manifest)
+
+    @property
+    def protocol(self) -> str:
+        """The split's part of the protocol string, for example `loo`."""
+        return self.manifest["protocol"]
+
+    @property
+    def split_hash(self) -> str:
+        """One hash of the three parts."""
+        return hash_of_files(self.manifest["files"])
+
+    def scan(self, part: str) -> pl.LazyFrame:
+        """Returns a part, in input order: `row, user, item, timestamp, rating, target`."""
+        if part not in PARTS:
+            raise ValueError(f"part {part!r}: expected one of {', '.join(PARTS)}")
+        return pl.scan_parquet(self.folder / f"{part}.parquet", glob=False)
+
+    def rows(self, part: str, *, targets: bool | None = None) -> np.ndarray:
+        """Returns the row numbers (in the dataset's interactions) of a part.
+
+        Args:
+            part: `train`, `valid` or `test`.
+            targets: Only what is to be predicted (True), only what is not (False), or both (None).
+        """
+        frame = self.scan(part)
+        if targets is not None:
+            frame = frame.filter(pl.col("target") == targets)
+        return frame.select("row").collect(engine="streaming")["row"].to_numpy()
+
+    def history_rows(self, part: HeldOut) -> np.ndarray:
+        """Returns the rows that may be known when the targets of `part` are predicted, in input order.
+
+        For `valid`: training, and the history of validation users. For `test`: training, validation, and the
+        history of test users. The test file is only opened for `test`.
+        """
+        known = [self.rows("train"), self.rows(part, targets=False)]
+        if part == "test":
+            known.append(self.rows("valid"))
+        return np.sort(np.concatenate(known))
+
+
+def make_split(dataset: Dataset, options: SplitOptions) -> Split:
+    """Splits a dataset and writes `DATASET/splits/<name>/{train,valid,test}.parquet` with a manifest.
+
+    Raises:
+        DataError: The method needs times or given parts that the dataset lacks, or a part is empty.
+    """
+    assignment = _assign(dataset, options)
+    part, target = assignment.part, assignment.target
+    if options.drop_cold:
+        _drop_cold(dataset, assignment)
+    for code in (VALID, TEST):
+        if not (target & (part == code)).any():
+            raise DataError(
+                f"{dataset.folder}: the {PARTS[code]} part of {assignment.protocol} has no targets"
+            )
+    if not (part == TRAIN).any():
+        raise DataError(f"{dataset.folder}: the training part of {assignment.protocol} is empty")
+    name = options.name or assignment.protocol.replace(":", "-").replace("/", "-")
+    folder = dataset.folder / "splits" / name
+    with staged_folder(folder, overwrite=options.overwrite) as staging:
+        columns = dataset.scan_interactions().select(COLUMNS).with_row_index("row")
+        for code, part_name in enumerate(PARTS):
+            chosen = pl.LazyFrame({"target": target, "__part": part})
+            rows = (
+                pl.concat([columns, chosen], how="horizontal").filter(pl.col("__part") == code).drop("__part")
+            )
+            rows.sink_parquet(staging / f"{part_name}.parquet", engine="streaming", compression_level=1)
+        settings = {
+            key: value for key, value in vars(options).items() if key not in ("dataset", "name", "overwrite")
+        }
+        manifest = {
+            "protocol": assignment.protocol,
+            "data_hash": dataset.data_hash,
+            "settings": settings,
+            "counts": _counts(assignment),
+            "facts": assignment.facts,
+            "warnings": assignment.warnings,
+            "files": {f"{name}.parquet": describe_file(staging / f"{name}.parquet") for name in PARTS},
+            "run": describe_run(),
+        }
+        write_json(staging / MANIFEST, manifest)
+    return Split(dataset, folder, manifest)
+
+
+def _assign(dataset: Dataset, options: SplitOptions) -> Assignment:
+    """Assigns each interaction to a part, by the method that the options name."""
+    if options.method == "loo":
+        return split_methods.leave_one_out(dataset)
+    if options.method == "given":
+        return split_methods.given(dataset)
+    ratios = np.asarray(options.ratios, dtype=float)
+    if (ratios < 0).any() or ratios[0] <= 0 or ratios.sum() <= 0:
+        raise DataError(
+            f"--ratios {options.ratios}: expected three shares, none negative, training above zero"
+        )
+    if options.method == "ratio":
+        return split_methods.per_user_ratio(dataset, ratios, options.order, options.seed)
+    if options.method == "random":
+        return split_methods.random_samples(dataset, ratios, options.seed)
+    if options.method == "users":
+        return split_methods.by_user(dataset, ratios, options.seed)
+    return split_methods.temporal(dataset, ratios)
+
+
+def _drop_cold(dataset: Dataset, assignment: Assignment) -> None:
+    train, held_out = assignment.part == TRAIN, (assignment.part != TRAIN) & assignment.target
+    known_user, known_item = np.zeros(len(dataset.users), bool), np.zeros(len(dataset.items), bool)
+    known_user[dataset.user_codes[train]] = True
+    known_user[dataset.user_codes[~assignment.target]] = True  # a history is as good as training interactions
+    known_item[dataset.item_codes[train]] = True
+    cold = held_out & ~(known_user[dataset.user_codes] & known_item[dataset.item_codes])
+    assignment.part[cold] = UNUSED
+    assignment.facts["cold_targets_left_out"] = int(np.count_nonzero(cold))
+    assignment.protocol += "-warm"
+
+
+def _counts(assignment: Assignment) -> dict[str, int]:
+    counts = {name: int(np.count_nonzero(assignment.part == code)) for code, name in enumerate(PARTS)}
+    for code in (VALID, TEST):
+        counts[f"{PARTS[code]}_targets"] = int(
+            np.count_nonzero((assignment.part == code) & assignment.target)
+        )
+    return {**counts, "unused": int(np.count_nonzero(assignment.part == UNUSED))}

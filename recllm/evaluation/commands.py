@@ -1,0 +1,249 @@
+"""The two commands of the evaluation room: a table of systems, and their comparison."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tyro.conf import Positional
+
+from recllm.errors import DataError
+from recllm.evaluation import tables
+from recllm.evaluation.inputs import Candidates, System, read_systems
+from recllm.evaluation.metrics import Metrics, compute_metrics
+from recllm.evaluation.significance import (
+    RESAMPLES,
+    bootstrap_means,
+    check_same_records,
+    compare,
+    holm,
+    sign_flip_test,
+)
+
+ALPHA = 0.05
+
+
+@dataclass
+class RankReportConfig:
+    """Measures one or more systems under one protocol and prints them in one table."""
+
+    files: Positional[tuple[Path, ...]]
+    """Score files (parquet or CSV: user, item, score) or rank records (parquet), one per system."""
+    candidates: Path | None = None
+    """The candidate file that the scores belong to."""
+    ks: tuple[int, ...] = (5, 10, 20)
+    """Cutoffs."""
+    metrics: tuple[str, ...] = ()
+    """Only these metrics, for example ndcg@10 mrr auc; all of them at all cutoffs when not given."""
+    out: Path | None = None
+    """Folder for metrics.json, metrics.csv and metrics.tex."""
+    save_ranks: Path | None = None
+    """Folder for the rank records, one file per score file."""
+    resamples: int = RESAMPLES
+    """Bootstrap resamples and sign flips."""
+    seed: int = 0
+    """Seeds both."""
+
+
+@dataclass
+class CompareRunsConfig:
+    """Compares the first system with each of the others, paired by user."""
+
+    files: Positional[tuple[Path, ...]]
+    """Two or more score files or rank records; the first is compared with each of the others."""
+    candidates: Path | None = None
+    """The candidate file that the scores belong to."""
+    ks: tuple[int, ...] = (10,)
+    """Cutoffs."""
+    metrics: tuple[str, ...] = ()
+    """Only these metrics, for example ndcg@10 mrr auc; all of them at all cutoffs when not given."""
+    out: Path | None = None
+    """Folder for comparison.json, comparison.csv and comparison.tex."""
+    resamples: int = RESAMPLES
+    """Bootstrap resamples and sign flips."""
+    seed: int = 0
+    """Seeds both."""
+
+
+def rank_report(config: RankReportConfig) -> tables.Table:
+    """Runs `RankReportConfig`; returns the table that it printed."""
+    systems = _read(config)
+    table = report_table(
+        systems, config.ks, config.metrics or None, resamples=config.resamples, seed=config.seed
+    )
+    tables.show(table)
+    if config.save_ranks:
+        for system in systems:
+            system.records.save(config.save_ranks / f"{system.path.stem}.parquet")
+    if config.out:
+        tables.write(table, config.out, "metrics")
+    return table
+
+
+def compare_runs(config: CompareRunsConfig) -> tables.Table:
+    """Runs `CompareRunsConfig`; returns the table that it printed."""
+    if len(config.files) < 2:
+        raise DataError("compare_runs needs two files or more")
+    table = comparison_table(
+        _read(config), config.ks, config.metrics or None, resamples=config.resamples, seed=config.seed
+    )
+    tables.show(table)
+    if config.out:
+        tables.write(table, config.out, "comparison")
+    return table
+
+
+def report_table(
+    systems: list[System],
+    ks: tuple[int, ...] = (5, 10, 20),
+    names: tuple[str, ...] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tables.Table:
+    """Tabulates metrics (rows) of systems (columns) with 95% bootstrap intervals.
+
+    The best system of each metric is stressed, and those that differ from it are marked, by the sign-flip
+    test with Holm's correction over every comparison that the table makes.
+    """
+    for other in systems[1:]:
+        check_same_records(systems[0].records, other.records)
+    measured = [compute_metrics(system.records, ks, names) for system in systems]
+    names = list(measured[0].lists)
+    per_user = np.stack([one.per_user().drop("user").to_numpy() for one in measured])  # [S, U, M]
+    means = np.array([[one.mean()[name] for name in names] for one in measured])
+    intervals = _by_system(bootstrap_means(_side_by_side(per_user), resamples=resamples, seed=seed), systems)
+    best = np.where(np.isnan(means), -np.inf, means).argmax(0)
+    lead = per_user[best, :, np.arange(len(names))].T[None] - per_user
+    p = holm_against(
+        best, _by_system(sign_flip_test(_side_by_side(lead), resamples=resamples, seed=seed), systems)
+    )
+
+    rows, records, bold = [], [], set()
+    for m, name in enumerate(names):
+        row = [name]
+        for s, system in enumerate(systems):
+            low, high = intervals[s, m]
+            figures = {"value": means[s, m], "low": low, "high": high, "p_holm_against_best": p[s, m]}
+            head = {"system": system.records.system, "metric": name}
+            records.append({**head, **{key: float(value) for key, value in figures.items()}})
+            mark = "†" if p[s, m] < ALPHA else ""
+            row.append(f"{tables.number(means[s, m])} [{tables.number(low)}, {tables.number(high)}]{mark}")
+            if s == best[m] and len(systems) > 1 and not np.isnan(means[s, m]):
+                bold.add((len(rows), s + 1))
+        rows.append(row)
+    rows += _plain_rows(systems, measured)
+    notes = [f"Means over users with 95% bootstrap intervals ({resamples} resamples, seed {seed})."]
+    if len(systems) > 1:
+        notes.append(
+            f"† differs from the best system: sign-flip test, Holm-corrected over {np.isfinite(p).sum()} "
+            f"comparisons, p < {ALPHA}."
+        )
+        if np.isfinite(p).sum() >= ALPHA * (resamples + 1):
+            notes.append("Nothing can be marked: more resamples are needed for so many comparisons.")
+    notes += [
+        f"{system.records.system}: {system.records.ignored} score rows are no candidates and were ignored."
+        for system in systems
+        if system.records.ignored
+    ]
+    notes += [
+        f"{one.system}: {count} users have no defined {name} and are left out of its mean."
+        for one in measured
+        for name, count in one.undefined().items()
+        if count
+    ]
+    facts = {
+        "protocol": measured[0].protocol,
+        "systems": {one.system: _facts(system, one) for system, one in zip(systems, measured, strict=True)},
+        "resamples": resamples,
+        "seed": seed,
+    }
+    columns = ["", *(one.system for one in measured)]
+    return tables.Table(f"Protocol {measured[0].protocol}", columns, rows, records, facts, bold, notes)
+
+
+def holm_against(best: np.ndarray, p: np.ndarray) -> np.ndarray:
+    """Corrects p-values [S, M] of every system against the `best` [M] as one family; NaN at the best."""
+    p = p.copy()
+    p[best, np.arange(len(best))] = np.nan
+    return holm(p.reshape(-1)).reshape(p.shape)
+
+
+def comparison_table(
+    systems: list[System],
+    ks: tuple[int, ...] = (10,),
+    names: tuple[str, ...] | None = None,
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> tables.Table:
+    """Tabulates the comparisons of the first system with each other one; Holm's family is all rows."""
+    first = systems[0].records
+    comparisons = [
+        comparison
+        for other in systems[1:]
+        for comparison in compare(first, other.records, ks, names, resamples=resamples, seed=seed)
+    ]
+    adjusted = {
+        f"{test}_holm": holm([getattr(comparison, test) for comparison in comparisons])
+        for test in ("t_p", "wilcoxon_p", "permutation_p")
+    }
+    records = [
+        {**asdict(comparison), **{name: float(values[i]) for name, values in adjusted.items()}}
+        for i, comparison in enumerate(comparisons)
+    ]
+    rows = [
+        [
+            *(f"{record['metric']}: {record['a']} - {record['b']}",),
+            *(tables.number(record["mean_a"]), tables.number(record["mean_b"])),
+            f"{record['difference']:+.4f} [{record['low']:+.4f}, {record['high']:+.4f}]",
+            *(tables.p_value(record[f"{test}_holm"]) for test in ("t_p", "wilcoxon_p", "permutation_p")),
+            *(tables.number(record["cohen_dz"], 3), tables.number(record["rank_biserial"], 3)),
+        ]
+        for record in records
+    ]
+    columns = ["", "A", "B", "A - B", "t", "Wilcoxon", "permutation", "d_z", "rank-biserial"]
+    notes = [
+        f"Paired by user ({comparisons[0].users} users). Difference with its 95% bootstrap interval "
+        f"({resamples} resamples, seed {seed}).",
+        f"p-values are two-sided, Holm-corrected over the {len(rows)} rows; the files have both kinds.",
+    ]
+    facts = {"protocol": first.protocol, "resamples": resamples, "seed": seed}
+    return tables.Table(f"Protocol {first.protocol}", columns, rows, records, facts, set(), notes)
+
+
+def _read(config: RankReportConfig | CompareRunsConfig) -> list[System]:
+    return read_systems(config.files, Candidates.read(config.candidates) if config.candidates else None)
+
+
+def _side_by_side(values: np.ndarray) -> np.ndarray:
+    """[S, U, M] to [U, S x M], so that all systems share one set of resamples."""
+    return values.transpose(1, 0, 2).reshape(values.shape[1], -1)
+
+
+def _by_system(values: np.ndarray, systems: list[System]) -> np.ndarray:
+    return values.reshape(len(systems), -1, *values.shape[1:])
+
+
+def _plain_rows(systems: list[System], measured: list[Metrics]) -> list[list[str]]:
+    rows = []
+    if any(system.pooled_auc is not None for system in systems):
+        values = [np.nan if system.pooled_auc is None else system.pooled_auc for system in systems]
+        rows.append(["pooled auc", *map(tables.number, values)])
+    rows.append(["tie rate", *(tables.number(one.tie_rate) for one in measured)])
+    rows.append(["users", *(str(one.user.n_unique()) for one in measured)])
+    rows.append(["positives", *(str(one.records) for one in measured)])
+    return rows
+
+
+def _facts(system: System, measured: Metrics) -> dict[str, Any]:
+    return {
+        "file": system.path.name,
+        "users": measured.user.n_unique(),
+        "positives": measured.records,
+        "tie_rate": measured.tie_rate,
+        "pooled_auc": system.pooled_auc,
+        "score_rows_ignored": system.records.ignored,
+    }

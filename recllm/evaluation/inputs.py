@@ -1,0 +1,112 @@
+"""The files of an evaluation: candidates, and systems given by scores or by rank records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+
+from recllm.errors import DataError
+from recllm.evaluation.frames import COLUMNS, check_candidates, check_scores, read_table
+from recllm.evaluation.metrics import pooled_auc
+from recllm.evaluation.ranks import RankRecords, rank_candidates
+from recllm.files import sha256
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """A candidate file."""
+
+    path: Path
+    frame: pl.DataFrame
+    """`user`, (`target`,) `item`, `label`."""
+    protocol: str
+
+    @classmethod
+    def read(cls, path: Path) -> Candidates:
+        """Reads and checks it; a file without a protocol is named by its content, so that two never mix.
+
+        Raises:
+            DataError: The file is not a candidate file.
+        """
+        frame, metadata = read_table(path)
+        frame = check_candidates(frame, str(path))
+        return cls(path, frame, metadata.get("recllm.protocol") or f"candidates-{sha256(path)[:12]}")
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """One system to measure, from a score file or from a file of rank records."""
+
+    path: Path
+    records: RankRecords
+    pooled_auc: float | None
+    """Over all candidates; None where only ranks are known."""
+
+
+def read_system(path: Path, candidates: Candidates | None = None) -> System:
+    """Reads rank records, or reads scores and ranks them among `candidates`.
+
+    The system's name is the file's metadata `recllm.system`, or else the file's stem.
+
+    Raises:
+        DataError: The file holds neither, scores come without candidates, or the file states another protocol
+            than the candidates.
+    """
+    frame, metadata = read_table(path)
+    if set(COLUMNS) <= set(frame.columns):
+        return System(path, RankRecords.load(path), None)
+    if candidates is None:
+        if "score" not in frame.columns:
+            raise DataError(
+                f"{path}: neither scores (user, item, score) nor rank records ({', '.join(COLUMNS)}); "
+                f"found columns {', '.join(frame.columns)}"
+            )
+        raise DataError(f"{path} holds scores; name the candidate file that they belong to by --candidates")
+    stated = metadata.get("recllm.protocol")
+    if stated and stated != candidates.protocol:
+        raise DataError(
+            f"{path} was scored under {stated!r}, but {candidates.path} is {candidates.protocol!r}; "
+            "score the rows of that file"
+        )
+    has_target = {"target"} <= set(candidates.frame.columns) & set(frame.columns)
+    keys = ["user", "target", "item"] if has_target else ["user", "item"]
+    scores = check_scores(frame, keys, str(path))
+    names = {"protocol": candidates.protocol, "system": metadata.get("recllm.system") or path.stem}
+    try:
+        records = rank_candidates(candidates.frame, scores, **names)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    labeled = candidates.frame.join(scores, on=keys)
+    both = labeled["label"].n_unique() == 2
+    auc = pooled_auc(labeled["score"].to_numpy(), labeled["label"].to_numpy()) if both else None
+    return System(path, records, auc)
+
+
+def read_systems(paths: tuple[Path, ...], candidates: Candidates | None = None) -> list[System]:
+    """Reads several systems that are to stand in one table; equal names are told apart by their files.
+
+    Raises:
+        DataError: There are none, or two of them were measured under different protocols; both files are
+            named.
+    """
+    if not paths:
+        raise DataError("no score or rank files were given")
+    systems = [read_system(Path(path), candidates) for path in paths]
+    first = systems[0]
+    for other in systems[1:]:
+        if other.records.protocol != first.records.protocol:
+            raise DataError(
+                f"{first.path} was measured under {first.records.protocol!r} and {other.path} under "
+                f"{other.records.protocol!r}; two protocols do not go into one table"
+            )
+    names = [system.records.system for system in systems]
+    return [
+        system if names.count(name) == 1 else _renamed(system, f"{name} ({system.path})")
+        for system, name in zip(systems, names, strict=True)
+    ]
+
+
+def _renamed(system: System, name: str) -> System:
+    return replace(system, records=replace(system.records, system=name))

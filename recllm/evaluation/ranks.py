@@ -1,0 +1,240 @@
+"""Rank records: for one positive, how many candidates scored higher, how many as high, and how many there
+were.
+
+Every metric, test and table of recllm is computed from these three integers, so that no system can be
+measured differently from another, and ties are never broken by where a row happens to be stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from recllm.errors import DataError
+from recllm.evaluation.frames import (
+    COLUMNS,
+    check_candidates,
+    check_ranks,
+    check_scores,
+    describe,
+    read_table,
+    text_ids,
+)
+from recllm.files import write_file
+
+
+@dataclass(frozen=True, eq=False)
+class RankRecords:
+    """The ranks of R positives under one protocol; row i of every column is one positive.
+
+    With `lists="user"` the rows of one user are one list with several positives, and `above`, `tied` and `n`
+    count the other positives too. With `lists="target"` every row is a list of its own with one positive.
+    """
+
+    user: pl.Series
+    """[R] string or integer."""
+    item: pl.Series
+    """[R] string or integer: the positive."""
+    above: np.ndarray
+    """[R] integer: candidates of its list that scored strictly higher."""
+    tied: np.ndarray
+    """[R] integer: candidates with an equal score, the positive included."""
+    n: np.ndarray
+    """[R] integer: candidates in its list, the positive included."""
+    lists: Literal["user", "target"]
+    protocol: str = "unspecified"
+    system: str = "unnamed"
+    ignored: int = 0
+    """Score rows that belonged to no candidate; known where the records are made, not stored in the file."""
+
+    def __len__(self) -> int:
+        return len(self.above)
+
+    def save(self, path: Path) -> None:
+        """Writes the records as parquet, ids as text, atomically."""
+        frame = pl.DataFrame(
+            {
+                "user": self.user.cast(pl.String),
+                "item": self.item.cast(pl.String),
+                "above": np.asarray(self.above, np.int64),
+                "tied": np.asarray(self.tied, np.int64),
+                "n": np.asarray(self.n, np.int64),
+            }
+        )
+        metadata = {"protocol": self.protocol, "system": self.system, "lists": self.lists}
+        metadata = {f"recllm.{key}": value for key, value in metadata.items()}
+        write_file(path, lambda temporary: frame.write_parquet(temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: Path) -> RankRecords:
+        """Reads and checks a file of rank records.
+
+        Raises:
+            DataError: A column or metadata key is missing or of the wrong type, or a row cannot be a rank;
+                the message names the file and the row.
+        """
+        frame, metadata = read_table(path)
+        if missing := [name for name in COLUMNS if name not in frame.columns]:
+            raise DataError(f"{path}: no column {missing[0]!r}; rank records have {', '.join(COLUMNS)}")
+        if missing := [key for key in ("protocol", "system", "lists") if f"recllm.{key}" not in metadata]:
+            raise DataError(
+                f"{path}: no parquet metadata `recllm.{missing[0]}`; write it by RankRecords.save"
+            )
+        if (lists := metadata["recllm.lists"]) not in ("user", "target"):
+            raise DataError(f"{path}: `recllm.lists` is {lists!r}; expected 'user' or 'target'")
+        frame = text_ids(frame, ("user", "item"), str(path))
+        for name in COLUMNS[2:]:
+            if not frame[name].dtype.is_integer() or frame[name].null_count():
+                raise DataError(f"{path}: column {name!r} must hold integers without gaps")
+        check_ranks(frame, lists, str(path))
+        above, tied, n = (frame[name].cast(pl.Int64).to_numpy() for name in COLUMNS[2:])
+        names = metadata["recllm.protocol"], metadata["recllm.system"]
+        return cls(frame["user"], frame["item"], above, tied, n, lists, *names)
+
+
+def rank_candidates(
+    candidates: pl.DataFrame,
+    scores: pl.DataFrame,
+    *,
+    protocol: str = "unspecified",
+    system: str = "unnamed",
+) -> RankRecords:
+    """Ranks every positive among the candidates of its list.
+
+    Ids are compared as text, so integer ids of one table match text ids of the other.
+
+    Args:
+        candidates: `user`, `item`, `label` (1 or 0) and perhaps `target`. With `target` one list is one
+            (user, target), whose only positive is the target; without it one list is one user.
+        scores: `user`, `item`, `score` and perhaps `target`, which is then matched as well. Rows that are no
+            candidate are left out and counted in `ignored`.
+
+    Returns:
+        One record per positive, in the order of `candidates`.
+
+    Raises:
+        DataError: A candidate has no score, two scores, or one that is NaN or infinite; a candidate stands
+            twice in its list; a list has no positive. The message names the user.
+    """
+    candidates = check_candidates(candidates)
+    has_target = "target" in candidates.columns
+    keys = ["user", "target", "item"] if has_target and "target" in scores.columns else ["user", "item"]
+    scores = check_scores(scores, keys)
+    joined = candidates.join(scores, on=keys, how="left", maintain_order="left")
+    if joined.height != candidates.height:
+        matched = scores.join(candidates, on=keys, how="semi")
+        pair = matched.filter(matched.select(keys).is_duplicated()).row(0, named=True)
+        raise DataError(f"scores: {describe(pair)} has more than one score; keep one row for each")
+    missing = joined.filter(pl.col("score").is_null())
+    if missing.height:
+        raise DataError(
+            f"scores: {missing.height} of {joined.height} candidates have no score, the first is "
+            f"{describe(missing.row(0, named=True))}; score every row of the candidate file"
+        )
+    broken = joined.filter(~pl.col("score").is_finite())
+    if broken.height:
+        row = broken.row(0, named=True)
+        raise DataError(
+            f"scores: {broken.height} are NaN or infinite, the first is {row['score']} for {describe(row)}"
+        )
+    one_list = ["user", "target"] if has_target else ["user"]
+    ranked = joined.select(
+        "user",
+        "item",
+        "label",
+        above=pl.col("score").rank("min", descending=True).over(one_list).cast(pl.Int64) - 1,
+        tied=pl.len().over(*one_list, "score").cast(pl.Int64),
+        n=pl.len().over(one_list).cast(pl.Int64),
+    ).filter(pl.col("label") == 1)
+    return RankRecords(
+        *(ranked["user"], ranked["item"]),
+        *(ranked[name].to_numpy() for name in ("above", "tied", "n")),
+        lists="target" if has_target else "user",
+        protocol=protocol,
+        system=system,
+        ignored=scores.join(candidates, on=keys, how="anti").height,
+    )
+
+
+def rank_score_matrix(
+    scores: np.ndarray,
+    positives: np.ndarray,
+    *,
+    users: Sequence | pl.Series | None = None,
+    items: Any = None,
+    protocol: str = "unspecified",
+    system: str = "unnamed",
+) -> RankRecords:
+    """Ranks the positives of Q dense lists of C candidates.
+
+    Args:
+        scores: [Q, C] numbers; row q holds the scores of list q.
+        positives: [Q, C] of 0 and 1 (or bool), or [Q] the index of the one positive of each list.
+        users: [Q] the user of each list; 0 to Q - 1 when None. A user may have several lists where every list
+            has one positive.
+        items: [Q, C] the id of each candidate; its column when None.
+
+    Raises:
+        DataError: A list without a positive, a score that is NaN or infinite, or shapes that do not fit.
+    """
+    scores, positives = np.asarray(scores), np.asarray(positives)
+    if scores.ndim != 2 or positives.shape not in (scores.shape, scores.shape[:1]):
+        raise DataError(
+            f"scores {scores.shape} and positives {positives.shape}: expected [Q, C] and [Q, C] or [Q]"
+        )
+    queries, width = scores.shape
+    users = pl.Series("user", np.arange(queries) if users is None else users)
+    check_finite(scores, users)
+    if positives.ndim == 1:
+        if not np.issubdtype(positives.dtype, np.integer) or ((positives < 0) | (positives >= width)).any():
+            raise DataError(f"positives: expected indices from 0 to {width - 1}")
+        rows, columns = np.arange(queries), positives
+    else:
+        cells = np.flatnonzero(positives != 0)
+        if not (positives.reshape(-1)[cells] == 1).all():
+            raise DataError("positives: labels must be 0 or 1")
+        rows, columns = np.divmod(cells, width)
+        if (bare := np.bincount(rows, minlength=queries) == 0).any():
+            raise DataError(f"user {users[int(bare.argmax())]!r}: a list without a positive cannot be ranked")
+    lists = "user"
+    if users.n_unique() < queries:
+        if len(rows) > queries:
+            raise DataError("users: an id repeats; lists with several positives need one id each")
+        lists = "target"
+    above, tied = np.empty((2, len(rows)), np.int64)
+    step = max(1, 2**20 // max(width, 1))  # the comparisons of one step stay in the cache
+    every_row_once = len(rows) == queries
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        block = scores[part] if every_row_once else scores[rows[part]]
+        positive = scores[rows[part], columns[part]][:, None]
+        above[part] = count_true(block > positive)
+        tied[part] = count_true(block == positive)
+    names = pl.Series("item", columns if items is None else np.asarray(items)[rows, columns])
+    n = np.full(len(rows), width)
+    return RankRecords(users[rows].rename("user"), names, above, tied, n, lists, protocol, system)
+
+
+def count_true(mask: Any) -> Any:
+    """Counts the true entries of each row of a [B, C] numpy or torch mask."""
+    if isinstance(mask, np.ndarray):
+        return np.bitwise_count(np.packbits(mask, axis=1)).sum(1, dtype=np.uint32)  # 5 times mask.sum(1)
+    return mask.sum(1)
+
+
+def check_finite(scores: Any, users: pl.Series) -> None:
+    """Raises a `DataError` naming the first of `users` with a NaN or infinite entry in `scores` [B, C]."""
+    if isinstance(scores, np.ndarray):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(scores.sum()):  # one pass; NaN and infinities survive a sum
+                return
+        bad = ~np.isfinite(scores).all(1)
+    else:
+        bad = ~scores.isfinite().all(1).cpu().numpy()
+    if bad.any():
+        raise DataError(f"user {users[int(bad.argmax())]!r}: a score is NaN or infinite")

@@ -1,0 +1,191 @@
+"""Files that are whole or absent: folders and files are written beside their place, synced, then renamed."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recllm.errors import DataError
+
+
+@contextmanager
+def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder beside `out` that becomes `out` when the block ends without an exception.
+
+    The staging folder is `.<name>.partial`. It is locked while in use, so a second writer of the same `out`
+    fails at once; what a killed run left there is removed by the next one. `out` itself is only ever touched
+    by a rename.
+
+    Args:
+        out: The folder to make.
+        overwrite: Replace `out` where it exists. Its old content stays in place until the new one is
+            complete.
+
+    Raises:
+        DataError: `out` exists and `overwrite` is false, another process is writing it, or the disk is full.
+    """
+    out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a symbolic link at `out`
+    if not overwrite:
+        _refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = out.parent / f".{out.name}.partial"
+    lock = _lock_folder(staging, out)
+    try:
+        _empty(staging)
+        yield staging
+        _sync_tree(staging)
+        if not overwrite:
+            _refuse_existing(out)
+        if out.exists():
+            _exchange(staging, out)
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            staging.rename(out)
+        _sync(out.parent)
+    except OSError as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(
+                f"{out}: the disk is full; nothing was written. Free some space and run it again."
+            ) from error
+        raise
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file through `write(temporary_path)` and renames it; a failure leaves `path` as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        _sync(temporary)
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DataError(f"{path}: the disk is full; nothing was written.") from error
+        raise
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes `content` as indented JSON, atomically."""
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """Reads a JSON object; `what` says in an error what the file should have been.
+
+    Raises:
+        DataError: The file is missing, is not JSON, or is not an object.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{path} is missing: {Path(path).parent} is not {what}, or it was not written to its end."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not readable as JSON ({error}); make {what} again.") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path} should hold one JSON object; make {what} again.")
+    return content
+
+
+def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Swaps two folders in one step, so that a kill leaves either the old or the new one at `old`."""
+    swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if swap is not None and swap(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
+        return
+    # File systems that cannot swap: two renames, with the old folder beside its place for a moment.
+    retired = old.parent / f".{old.name}.retired"
+    shutil.rmtree(retired, ignore_errors=True)
+    old.rename(retired)
+    new.rename(old)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise DataError(f"{out} exists already; give another folder, or --overwrite to replace it.")
+
+
+def _lock_folder(staging: Path, out: Path) -> int:
+    """Makes and locks the staging folder; the kernel drops the lock however the process ends."""
+    while True:
+        staging.mkdir(exist_ok=True)
+        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DataError(
+                f"{out} is being written by another process; wait for it, or end it first."
+            ) from None
+        try:
+            same = os.stat(staging).st_ino == os.fstat(descriptor).st_ino  # noqa: PTH116
+        except FileNotFoundError:
+            same = False
+        if same:
+            return descriptor
+        os.close(descriptor)  # the folder was renamed to its place between our open and our lock
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    if len(files) > 100:  # an image folder: one pass over the disk's cache instead of a wait for each file
+        os.sync()
+        return
+    for path in (*files, folder):
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,5 @@
+"""Discriminative recommenders, one file each."""
+
+from recllm.rankers.popularity import Popularity
+
+__all__ = ["Popularity"]

@@ -1,0 +1,116 @@
+"""The tests and intervals against scipy, enumeration and hand calculation."""
+
+import itertools
+
+import numpy as np
+import polars as pl
+import pytest
+from scipy import stats
+
+from recllm.errors import DataError
+from recllm.evaluation import RankRecords, bootstrap_means, compare, compute_metrics, holm, sign_flip_test
+from recllm.evaluation.significance import cohen_dz, paired_t, rank_biserial, wilcoxon
+
+
+def ranked(above, system="a", protocol="p", users=None, n=21) -> RankRecords:
+    above = np.asarray(above)
+    users = pl.Series([f"u{i}" for i in range(len(above))] if users is None else users)
+    items = pl.Series([f"i{i}" for i in range(len(above))])
+    columns = above, np.ones_like(above), np.full_like(above, n)
+    return RankRecords(users, items, *columns, lists="target", protocol=protocol, system=system)
+
+
+def test_p_values_are_those_of_scipy():
+    rng = np.random.default_rng(0)
+    for d in (rng.normal(0.1, 1, 40), rng.integers(-2, 3, 60).astype(float)):
+        assert paired_t(d) == pytest.approx(stats.ttest_rel(d, 0 * d).pvalue)
+        assert wilcoxon(d) == pytest.approx(stats.wilcoxon(d, 0 * d).pvalue)
+        monte_carlo = sign_flip_test(d[:, None], resamples=20_000)[0]
+        theirs = stats.permutation_test(
+            (d,), np.mean, permutation_type="samples", n_resamples=20_000, rng=np.random.default_rng(0)
+        )
+        assert monte_carlo == pytest.approx(theirs.pvalue, abs=0.015)
+
+
+def test_few_differences_are_flipped_in_every_way():
+    d = np.array([0.5, -0.25, 0.0, 1.0, 0.1, 0.1, np.nan])
+    sums = [abs(np.dot(signs, d[:6])) for signs in itertools.product([1, -1], repeat=6)]
+    exact = np.mean(np.array(sums) >= abs(np.nansum(d)) - 1e-12)
+    both = sign_flip_test(np.stack([d, -d], axis=1))
+    assert both.tolist() == [exact, exact]
+    assert sign_flip_test(np.zeros((5, 1))).tolist() == [1]
+
+
+def test_monte_carlo_p_is_never_zero_and_is_the_same_for_collapsed_users():
+    assert sign_flip_test(np.ones((30, 1)), resamples=99)[0] == 1 / 100
+    rng = np.random.default_rng(1)
+    d = rng.integers(-3, 4, (2000, 1)) * 1.0 + 0.05  # seven outcomes: users are drawn by outcome
+    e = d + rng.normal(0, 1e-9, d.shape)  # all different: users are drawn one by one
+    assert sign_flip_test(d)[0] == pytest.approx(sign_flip_test(e)[0], abs=0.02)
+    np.testing.assert_allclose(bootstrap_means(d), bootstrap_means(e), atol=0.004)
+
+
+def test_bootstrap_interval_is_that_of_scipy():
+    values = np.random.default_rng(0).exponential(1, (200, 2))
+    values[:50, 1] = np.nan
+    found = bootstrap_means(values, resamples=20_000)
+    for column in range(2):
+        known = values[~np.isnan(values[:, column]), column]
+        theirs = stats.bootstrap((known,), np.mean, method="percentile", n_resamples=20_000, rng=0)
+        np.testing.assert_allclose(found[column], theirs.confidence_interval, atol=0.015)
+    np.testing.assert_array_equal(found, bootstrap_means(values, resamples=20_000))
+    assert np.isnan(bootstrap_means(np.full((3, 1), np.nan))).all()
+
+
+def test_no_differences_are_no_evidence():
+    zero = np.zeros(10)
+    assert (paired_t(zero), wilcoxon(zero), cohen_dz(zero), rank_biserial(zero)) == (1, 1, 0, 0)
+    one = np.ones(10)
+    assert (paired_t(one), cohen_dz(one), rank_biserial(one)) == (0, np.inf, 1)
+    assert np.isnan([paired_t(one[:1]), cohen_dz(one[:1])]).all()
+
+
+def test_effect_sizes_by_hand():
+    d = np.array([1.0, -2.0, 3.0, 4.0])
+    assert cohen_dz(d) == pytest.approx(1.5 / np.sqrt(7))
+    assert rank_biserial(np.append(d, 0)) == pytest.approx((1 + 3 + 4 - 2) / 10)
+
+
+def test_holm_by_hand():
+    np.testing.assert_allclose(holm([0.01, 0.04, 0.03, 0.005]), [0.03, 0.06, 0.06, 0.02])
+    np.testing.assert_allclose(holm([0.5, np.nan, 0.6]), [1, np.nan, 1])
+
+
+def test_compare_averages_the_lists_of_a_user_first():
+    users = ["u", "u", "v", "w"]
+    a, b = ranked([0, 1, 0, 3], "a", users=users), ranked([1, 1, 3, 3], "b", users=users)
+    found = compare(a, b, names=["mrr"])[0]
+    assert (found.a, found.b, found.users) == ("a", "b", 3)
+    assert found.mean_a == pytest.approx((0.75 + 1 + 0.25) / 3)
+    assert found.difference == pytest.approx((0.25 + 0.75 + 0) / 3)
+    assert found.low <= found.difference <= found.high
+    assert found.permutation_p == 0.5
+    assert found == compare(a, b, names=["mrr"])[0]
+
+
+def test_the_order_of_records_does_not_matter():
+    rng = np.random.default_rng(0)
+    above, order = rng.integers(0, 20, 30), rng.permutation(30)
+    a, b = ranked(above), ranked(above[order], "b", users=[f"u{i}" for i in order])
+    b = RankRecords(b.user, pl.Series([f"i{i}" for i in order]), b.above, b.tied, b.n, "target", "p", "b")
+    assert all(c.difference == 0 and c.permutation_p == 1 for c in compare(a, b))
+    assert compute_metrics(a).per_user().equals(compute_metrics(b).per_user())
+
+
+@pytest.mark.parametrize(
+    ("b", "message"),
+    [
+        (ranked([0, 1, 2], "b"), "b lacks 1 of 4 records of a, the first is user 'u3'"),
+        (ranked([0, 1, 2, 3, 4], "b"), "a lacks 1 of 5 records of b, the first is user 'u4'"),
+        (ranked([0, 1, 2, 3], "b", n=101), "of 21 candidates"),
+        (ranked([0, 1, 2, 3], "b", protocol="q"), "'p'.*'q'"),
+    ],
+)
+def test_systems_that_did_not_rank_the_same_are_refused(b, message):
+    with pytest.raises(DataError, match=message):
+        compare(ranked([0, 1, 2, 3]), b)

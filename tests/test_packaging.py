@@ -1,0 +1,83 @@
+"""The wheel ships recllm alone, lower rooms never import upper ones, scripts are thin."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import recllm
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ("data", "evaluation", "rankers")  # from the lowest to the highest
+
+
+def test_the_wheel_holds_the_package_alone_and_its_command(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        points = archive.read(f"recllm-{recllm.__version__}.dist-info/entry_points.txt").decode()
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"recllm"}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "recllm").rglob("*.py")}
+    assert modules <= set(names)
+    assert "recllm = recllm.cli:main" in points
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def test_lower_rooms_never_import_upper_ones():
+    checked = 0
+    for height, room in enumerate(ROOMS):
+        above = tuple(f"recllm.{name}" for name in ROOMS[height + 1 :])
+        for path in (ROOT / "recllm" / room).rglob("*.py"):
+            wrong = {name for name in imports(path) if name.startswith(above)} if above else set()
+            assert not wrong, f"{path} imports {wrong}"
+            checked += 1
+    assert checked > 30
+
+
+def test_scripts_are_thin_and_imported_by_nothing():
+    scripts = [path for folder in ("data_builders", "eval") for path in (ROOT / folder).rglob("*.py")]
+    assert len(scripts) >= 3
+    names = {path.stem for path in scripts}
+    for path in scripts:
+        assert len(path.read_text().splitlines()) <= 150
+    for path in (ROOT / "recllm").rglob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & (
+            names | {"data_builders", "eval", "benchmarks"}
+        )
+
+
+def test_no_script_or_folder_is_named_after_a_dependency():
+    taken = {"evaluate", "datasets", "trl", "accelerate", "peft", "torch", "transformers", "polars", "numpy"}
+    found = {
+        path.stem for folder in ("data_builders", "eval", "benchmarks") for path in (ROOT / folder).iterdir()
+    }
+    assert not found & taken
