@@ -227,8 +227,10 @@ def _source(scores: Scores, u_count: int, n_items: int, users: pl.Series) -> _So
     if callable(scores):
         return _Source(scores)
     if not isinstance(scores, tuple):
-        scores = _as_scores(scores)
-        return _Source(lambda part: scores[part], parallel=isinstance(scores, np.ndarray))
+        matrix = scores if hasattr(scores, "detach") else np.asarray(scores)
+        if tuple(matrix.shape) != (u_count, n_items):
+            raise DataError(f"scores have shape {tuple(matrix.shape)}, expected {(u_count, n_items)}")
+        return _Source(lambda part: matrix[part], parallel=str(matrix.device) == "cpu")
     of_users, of_items = (_as_scores(table) for table in scores)
     if of_users.shape[0] != u_count or of_items.shape[0] != n_items or of_users.shape[1] != of_items.shape[1]:
         raise DataError(
