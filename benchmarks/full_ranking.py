@@ -1,4 +1,4 @@
-"""Full-catalogue evaluation, 22,363 users x 12,101 items x 64 dims: recllm and the usual evaluator, paired in
+"""Full-catalog evaluation, 22,363 users x 12,101 items x 64 dims: recllm and the usual evaluator, paired in
 one run.
 
     python benchmarks/full_ranking.py

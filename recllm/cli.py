@@ -36,7 +36,7 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
     "data import recbole": ("recllm.data.commands", "RecBole", "import_raw", "RecBole atomic files"),
     "data import sequences": (
         "recllm.data.commands",
-        "Sequences",
+        "ItemSequences",
         "import_raw",
         "one line a user: user item item ...",
     ),
@@ -115,7 +115,12 @@ def _refuse(arguments: list[str]) -> None:
         asked = any(word in ("-h", "--help") for word in arguments)
         print(_overview(begun), file=sys.stdout if asked else sys.stderr)
         raise SystemExit(0 if asked else 2)
-    near = difflib.get_close_matches(said, COMMANDS, n=1, cutoff=0.0)[0]
+
+    def likeness(words: str) -> float:
+        length = len(words.split())
+        return difflib.SequenceMatcher(None, words, " ".join(arguments[:length])).ratio()
+
+    near = max(COMMANDS, key=likeness)
     print(f"error: no command {said!r}; the nearest is {near!r} (`recllm --help` lists all)", file=sys.stderr)
     raise SystemExit(2)
 

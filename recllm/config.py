@@ -49,6 +49,7 @@ def parse_config(
         args=argv,
         prog=prog,
         default=default,
+        description=f"{(config.__doc__ or '').strip()}\n\nOptions can also come from YAML: --config FILE.",
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
 
@@ -64,6 +65,13 @@ def run_command(
         command(parse_config(config, argv, prog=prog))
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # no permission, a folder where a file should be, a disk that went away
+        print(
+            f"error: {error.filename or ''}: {error.strerror or error}".replace(" : ", " "), file=sys.stderr
+        )
         raise SystemExit(1) from None
 
 
@@ -116,7 +124,10 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     elif origin is typing.Literal and value in arguments:
         return value
     elif origin is tuple and isinstance(value, list):
-        return tuple(_convert(entry, arguments[0], where) for entry in value)
+        if arguments[-1] is Ellipsis:
+            arguments = (arguments[0],) * len(value)
+        if len(arguments) == len(value):
+            return tuple(_convert(entry, each, where) for entry, each in zip(value, arguments, strict=True))
     elif origin is dict and isinstance(value, dict):
         return {_convert(k, arguments[0], where): _convert(v, arguments[1], where) for k, v in value.items()}
     elif hint is Path and isinstance(value, str):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -17,6 +18,8 @@ from typing import Any
 
 from recllm.errors import DataError
 
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 @contextmanager
 def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -28,39 +31,42 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         out: The folder to make.
-        overwrite: Replace `out` where it exists. Its old content stays in place until the new one is
-            complete.
+        overwrite: Replace `out` where it exists: an empty folder, or one with a `manifest.json`, which recllm
+            made; nothing else is ever replaced. Its old content stays in place until the new one is complete.
 
     Raises:
-        DataError: `out` exists and `overwrite` is false, another process is writing it, or the disk is full.
+        DataError: `out` exists and may not be replaced, another process is writing it, or it cannot be
+        written.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a symbolic link at `out`
-    if not overwrite:
-        _refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = out.parent / f".{out.name}.partial"
-    lock = _lock_folder(staging, out)
+    _check_free(out, overwrite)
+    made_parents = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = out.parent / f".{out.name}.partial"
+        lock = _lock_folder(staging, out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror} ({error.filename})") from None
     try:
         _empty(staging)
         yield staging
         _sync_tree(staging)
-        if not overwrite:
-            _refuse_existing(out)
+        _check_free(out, overwrite)
         if out.exists():
             _exchange(staging, out)
             shutil.rmtree(staging, ignore_errors=True)
         else:
             staging.rename(out)
         _sync(out.parent)
-    except OSError as error:
+    except BaseException as error:
         shutil.rmtree(staging, ignore_errors=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        for parent in made_parents:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise DataError(
-                f"{out}: the disk is full; nothing was written. Free some space and run it again."
+                f"{out}: the disk is full; nothing was written. Free some and run it again."
             ) from error
-        raise
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
         raise
     finally:
         os.close(lock)
@@ -69,8 +75,11 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file through `write(temporary_path)` and renames it; a failure leaves `path` as it was."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -79,13 +88,10 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         _sync(path.parent)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _DISK_FULL:
             raise DataError(f"{path}: the disk is full; nothing was written.") from error
-        raise
-    except BaseException:
-        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -103,7 +109,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path} is missing: {Path(path).parent} is not {what}, or it was not written to its end."
         ) from None
@@ -134,16 +140,28 @@ def _exchange(new: Path, old: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _refuse_existing(out: Path) -> None:
-    if out.exists() or out.is_symlink():
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
         raise DataError(f"{out} exists already; give another folder, or --overwrite to replace it.")
+    ours = (
+        out.is_dir()
+        and not out.is_symlink()
+        and ((out / "manifest.json").is_file() or not any(out.iterdir()))
+    )
+    if not ours:
+        raise DataError(
+            f"{out} was not made by recllm (no manifest.json in it, or it is a link), so --overwrite does "
+            "not replace it; remove it yourself, or give another folder."
+        )
 
 
 def _lock_folder(staging: Path, out: Path) -> int:
     """Makes and locks the staging folder; the kernel drops the lock however the process ends."""
     while True:
         staging.mkdir(exist_ok=True)
-        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

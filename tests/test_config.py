@@ -25,6 +25,8 @@ class Example:
     """The mode."""
     ks: tuple[int, ...] = (5, 10)
     """Cutoffs."""
+    ratios: tuple[float, float] = (8, 1)
+    """Shares."""
     limit: int | None = None
     """How many."""
     strict: bool = False
@@ -38,7 +40,8 @@ def parse(tmp_path: Path, yaml: str, *flags: str) -> Example:
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     config = parse(tmp_path, "learning_rate: 2\nks: [1, 2]\nstrict: true\n", "here", "--learning-rate", "0.5")
-    assert config == Example(Path("here"), 0.5, "exact", (1, 2), None, True)
+    assert config == Example(Path("here"), 0.5, "exact", (1, 2), strict=True)
+    assert parse(tmp_path, "ratios: [1, 2.5]", "here").ratios == (1.0, 2.5)
     assert parse(tmp_path, "source: there\nlimit: 3").limit == 3
     assert parse(tmp_path, "", "here") == Example(Path("here"))
 
@@ -52,6 +55,8 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
         ("limit: true", r"limit: True is not of type int \| None"),
         ("mode: slow", r"mode: 'slow' is not of type"),
         ("ks: 5", r"ks: 5 is not of type"),
+        ("ratios: [1]", r"ratios: \[1\] is not of type"),
+        ("ratios: [1, 2, 3]", r"ratios: \[1, 2, 3\] is not of type"),
         ("- a", r"expected `key: value` lines"),
         ("a: [", r"not readable as YAML"),
         ("a: !!python/object/apply:os.system ['true']", r"not readable as YAML"),

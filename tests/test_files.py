@@ -122,3 +122,40 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_file(path, fail)
     assert path.read_text() == '{\n  "old": 1\n}\n' and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_overwrite_replaces_only_what_recllm_made(tmp_path, kind):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    out = {"folder": home, "file": home / "thesis.txt", "link": tmp_path / "link"}[kind]
+    if kind == "link":
+        out.symlink_to(home)
+    for _ in range(2):
+        with pytest.raises(DataError, match="was not made by recllm"), staged_folder(out, overwrite=True):
+            pytest.fail("it got in")
+    assert (home / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "file").write_text("x")
+    (tmp_path / ".out.partial").symlink_to(tmp_path / "real")
+    with pytest.raises(DataError, match="cannot be written"), staged_folder(tmp_path / "out"):
+        pytest.fail("it got in")
+    assert (tmp_path / "real" / "file").exists()
+
+
+def test_a_failed_write_leaves_no_new_folders(tmp_path):
+    with pytest.raises(RuntimeError), staged_folder(tmp_path / "a" / "b" / "out"):
+        raise RuntimeError("stop")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_a_plain_message(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="cannot be written"), staged_folder(tmp_path / "file" / "out"):
+        pytest.fail("it got in")
+    with pytest.raises(DataError, match="cannot be written"):
+        write_json(tmp_path / "file" / "out.json", {})

@@ -9,9 +9,11 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
+import polars as pl
 import pytest
 
-from recllm.cli import COMMANDS
+from recllm.cli import COMMANDS, main
 from recllm.config import parse_config
 
 ROOT = Path(__file__).parents[1]
@@ -61,3 +63,27 @@ def test_results_explain_themselves(path):
     result = json.loads(path.read_text())
     assert result["run"]["command"] and result["run"]["packages"] and result["figures"]
     assert "cores" in result["machine"]
+
+
+def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
+    """On the toy world, with random vectors: what it writes goes into one table with popularity."""
+    monkeypatch.chdir(tmp_path)
+    for line in (
+        "data toyworld --users 60 --items 100 shop",
+        "data split shop loo",
+        "data candidates shop/splits/loo",
+    ):
+        main(line.split())
+    Path("ml5").symlink_to("shop")
+    rng = np.random.default_rng(0)
+    own_system, library = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    Path("scores").mkdir()
+    exec(own_system, {"my_model": lambda pairs: rng.random(len(pairs)), "pl": pl})
+    exec(library, {"user_vectors": rng.random((60, 4)), "item_vectors": rng.random((100, 4))})
+    main(["score", "popularity", "shop/splits/loo"])
+    file = "shop/splits/loo/candidates/1+20-uniform-seed42/test.parquet"
+    capsys.readouterr()
+    main(["eval", "ranks", "scores/mine.parquet", "--candidates", file])
+    main(["eval", "compare", "ranks/mine.parquet", "ranks/popularity.parquet"])
+    told = capsys.readouterr().out
+    assert "loo/1+20-uniform-seed42" in told and "loo/full/mask-seen" in told

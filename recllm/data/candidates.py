@@ -13,11 +13,11 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from recllm.data.dataset import MANIFEST, describe_file
 from recllm.data.splits import HeldOut, Split
@@ -34,14 +34,15 @@ _MAX_DRAWS = 4096  # draws a target before the few remaining items are listed in
 class CandidateOptions:
     """Draws negatives for each validation and test target."""
 
-    split: Positional[Path]
+    split: Positional[Annotated[Path, arg(metavar="SPLIT")]]
     """The split folder (DATASET/splits/<name>)."""
     negatives: int = 20
     """Negatives a target: items that the user has touched in no part of the log."""
     sampling: Literal["uniform", "popularity"] = "uniform"
     """Draw uniformly from the catalog, or in proportion to the training interactions of an item."""
     seed: int = 42
-    """Seed of the draw. A user's negatives depend on it, the user, the target and the catalog alone."""
+    """Seed of the draw. A list depends on it, on the user, what the user has touched, the target and the
+    catalog (and the items' popularity) alone: not on the order of the log, nor on other users."""
     overwrite: bool = False
     """Replace the candidates where they exist."""
 
@@ -63,7 +64,10 @@ class FullRanking:
         masked: Item codes that are not candidates (seen before), one list after the other; targets are not in
             it.
         masked_offsets: As `positive_offsets`.
-        protocol: For example `loo/full/mask-seen`.
+        protocol: For example `loo/full/mask-seen`; the lists of the validation part end in `/valid`.
+        user_ids: The ids of `users`.
+        item_ids: The ids of the whole catalog, in the order of the codes.
+        candidates: A fingerprint of split, part and mask: equal only where the lists are the same.
     """
 
     users: np.ndarray
@@ -72,6 +76,9 @@ class FullRanking:
     masked: np.ndarray
     masked_offsets: np.ndarray
     protocol: str
+    user_ids: pl.Series
+    item_ids: pl.Series
+    candidates: str
 
 
 def full_ranking(split: Split, part: HeldOut, *, mask: Mask = "seen") -> FullRanking:
@@ -102,7 +109,14 @@ def full_ranking(split: Split, part: HeldOut, *, mask: Mask = "seen") -> FullRan
         positive_offsets=_offsets(lists, len(users)),
         masked=masked % n_items,
         masked_offsets=_offsets(masked_lists, len(users)),
-        protocol=f"{split.protocol}/full/" + ("no-mask" if mask == "none" else f"mask-{mask}"),
+        protocol=_of_part(
+            f"{split.protocol}/full/" + ("no-mask" if mask == "none" else f"mask-{mask}"), part
+        ),
+        user_ids=dataset.users["user"].gather(users),
+        item_ids=dataset.items["item"],
+        candidates=hashlib.sha256(
+            f"{split.split_hash} {dataset.data_hash} {part} {mask}".encode()
+        ).hexdigest()[:16],
     )
 
 
@@ -115,8 +129,8 @@ def make_candidates(split: Split, options: CandidateOptions) -> Path:
     Raises:
         DataError: A user has touched so much that fewer than `options.negatives` items are left to draw from.
     """
-    if options.negatives < 1:
-        raise DataError(f"--negatives {options.negatives}: expected at least 1")
+    if options.negatives < 1 or options.seed < 0:
+        raise DataError(f"--negatives {options.negatives} --seed {options.seed}: expected at least 1 and 0")
     dataset = split.dataset
     protocol = f"{split.protocol}/{options.name}"
     popularity = None
@@ -129,7 +143,9 @@ def make_candidates(split: Split, options: CandidateOptions) -> Path:
     with staged_folder(folder, overwrite=options.overwrite) as staging:
         for part in ("valid", "test"):
             lists = _draw_part(split, part, sampler, options)
-            lists.write_parquet(staging / f"{part}.parquet", metadata={"recllm.protocol": protocol})
+            lists.write_parquet(
+                staging / f"{part}.parquet", metadata={"recllm.protocol": _of_part(protocol, part)}
+            )
         manifest = {
             "protocol": protocol,
             "data_hash": dataset.data_hash,
@@ -237,6 +253,10 @@ def _draw_part(
 ) -> pl.DataFrame:
     dataset, count = split.dataset, options.negatives
     rows = split.rows(part, targets=True)
+    # One list for a target, also where the log repeats the pair (`--duplicates keep`); in the order of the
+    # rows.
+    pairs = _pairs(dataset.user_codes[rows], dataset.item_codes[rows], len(dataset.items))
+    rows = rows[np.sort(np.unique(pairs, return_index=True)[1])]
     users, targets = dataset.user_codes[rows], dataset.item_codes[rows]
     user_ids, target_ids = dataset.users["user"].gather(users), dataset.items["item"].gather(targets)
     streams = np.fromiter(_streams(options.seed, user_ids, target_ids), dtype=np.uint64, count=len(rows))
@@ -301,6 +321,10 @@ def _first_in_row(items: np.ndarray) -> np.ndarray:
 
 def _pairs(users: np.ndarray, items: np.ndarray, n_items: int) -> np.ndarray:
     return users.astype(np.int64) * n_items + items
+
+
+def _of_part(protocol: str, part: HeldOut) -> str:
+    return protocol if part == "test" else f"{protocol}/{part}"
 
 
 def _offsets(lists: np.ndarray, count: int) -> np.ndarray:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 
 import polars as pl
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from recllm.data.candidates import CandidateOptions, make_candidates
 from recllm.data.dataset import Dataset
@@ -15,11 +17,11 @@ from recllm.data.importing import import_dataset
 from recllm.data.readers import (
     Amazon,
     ImportOptions,
+    ItemSequences,
     MicroLens,
     MovieLens,
     PreSplit,
     RecBole,
-    Sequences,
     Table,
     Yelp,
 )
@@ -31,11 +33,11 @@ __all__ = [
     "CandidateOptions",
     "FilterOptions",
     "InspectOptions",
+    "ItemSequences",
     "MicroLens",
     "MovieLens",
     "PreSplit",
     "RecBole",
-    "Sequences",
     "SplitOptions",
     "Table",
     "ToyworldConfig",
@@ -53,7 +55,7 @@ __all__ = [
 class InspectOptions:
     """Shows what is in a dataset: counts, columns, the first rows, what the import left out."""
 
-    dataset: Positional[Path]
+    dataset: Positional[Annotated[Path, arg(metavar="DATASET")]]
     """The dataset folder."""
     rows: int = 3
     """Rows of each table to show."""
@@ -131,3 +133,12 @@ def _print_counts(dataset: Dataset) -> None:
     print(f"  items: {', '.join(told)}")
     told = [f"{counts[what]:,} with {what}" for what in ("timestamps", "ratings", "reviews")]
     print(f"  interactions: {', '.join(told)}")
+    if dataset.has_timestamps:
+        print(f"  time: {' to '.join(map(_day, dataset.manifest['time_range']))} (UTC)")
+
+
+def _day(seconds: int) -> str:
+    try:
+        return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d}"
+    except (ValueError, OverflowError, OSError):  # beyond the years that dates have
+        return f"{seconds:,} s"

@@ -194,7 +194,6 @@ def write_dataset(
     interactions: pl.DataFrame | pl.LazyFrame,
     users: pl.DataFrame | pl.LazyFrame,
     source: dict[str, Any],
-    dropped: dict[str, int] | None = None,
     stage: Callable[[Path], None] | None = None,
     overwrite: bool = False,
 ) -> Dataset:
@@ -206,7 +205,6 @@ def write_dataset(
         interactions: The interactions in input order; a lazy frame is streamed to disk.
         users: The users.
         source: What the dataset was made from, for the manifest.
-        dropped: Rows left out on the way, by reason, for the manifest.
         stage: Called with the folder under construction, to put images (and other files) into it.
         overwrite: Replace `out` where it exists.
 
@@ -218,7 +216,7 @@ def write_dataset(
             schema.complete(frame.lazy(), name).sink_parquet(folder / f"{name}.parquet", engine="streaming")
         if stage is not None:
             stage(folder)
-        dataset = finish_dataset(folder, source=source, dropped=dropped or {})
+        dataset = finish_dataset(folder, source=source, dropped={})
     dataset.folder = Path(out)
     return dataset
 
@@ -235,7 +233,7 @@ def finish_dataset(
     Args:
         folder: The folder with the tables and images.
         source: What the dataset was made from.
-        dropped: What was left out on the way.
+        dropped: What was left out on the way, as `Findings.as_dict` has it.
         codes: User and item codes of the interactions, where the caller knows them from writing the tables.
     """
     items = pl.read_parquet(folder / "items.parquet", glob=False)

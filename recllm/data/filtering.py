@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import polars as pl
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from recllm.data.coding import recode
 from recllm.data.dataset import Dataset, finish_dataset
@@ -20,9 +21,9 @@ from recllm.files import staged_folder
 class FilterOptions:
     """Filters a dataset: first by rating, image and text, then to the k-core of what is left."""
 
-    dataset: Positional[Path]
+    dataset: Positional[Annotated[Path, arg(metavar="DATASET")]]
     """The dataset folder to filter."""
-    out: Positional[Path]
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """The dataset folder to make."""
     user_core: int = 1
     """Every user left has at least this many interactions."""

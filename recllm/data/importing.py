@@ -40,9 +40,13 @@ def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
     with staged_folder(options.out, overwrite=options.overwrite) as folder:
         workspace = folder / ".workspace"
         raw = options.read(findings, workspace)
+        if "timestamp" not in raw.interactions.frame.collect_schema():
+            findings.note(
+                "the interactions have no time column; where order matters, input order stands for it"
+            )
         codes = _write_tables(raw, folder, options, findings)
         shutil.rmtree(workspace, ignore_errors=True)
-        source = {"reader": type(options).__name__.lower(), "path": options.source.name, **raw.source}
+        source = {"reader": type(options).__name__, "path": options.source.name, **raw.source}
         dataset = finish_dataset(folder, source=source, dropped=findings.as_dict(), codes=codes)
     dataset.folder = options.out
     return dataset, findings
@@ -139,7 +143,10 @@ def _repeated(
         .select(pl.col("timestamp").fill_null(NO_TIME))
         .collect(engine="streaming")
     )
-    order = np.lexsort((times["timestamp"].to_numpy()[rows], pairs))
+    time = times["timestamp"].to_numpy()[rows]
+    if policy == "first":  # a row without a time never wins over one that has it
+        time = np.where(time == NO_TIME, np.iinfo(np.int64).max, time)
+    order = np.lexsort((time, pairs))
     same = pairs[order][1:] == pairs[order][:-1]
     extra = np.append(same, False) if policy == "last" else np.insert(same, 0, False)
     return np.sort(rows[order[extra]])

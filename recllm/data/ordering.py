@@ -19,11 +19,11 @@ def group_by_user(user_codes: np.ndarray, n_users: int) -> tuple[np.ndarray, np.
         `order[offsets[u] : offsets[u + 1]]`.
     """
     rows = len(user_codes)
+    width = np.int32 if rows < 2**31 else np.int64
     # SciPy's COO -> CSR conversion is the counting sort: it scatters columns (row numbers) into their rows
     # (users).
-    grouped = sparse.coo_array(
-        (np.ones(rows, dtype=bool), (user_codes, np.arange(rows))), shape=(n_users, rows)
-    ).tocsr()
+    coordinates = (user_codes.astype(width, copy=False), np.arange(rows, dtype=width))
+    grouped = sparse.coo_array((np.ones(rows, dtype=bool), coordinates), shape=(n_users, rows)).tocsr()
     return grouped.indices, grouped.indptr.astype(np.int64)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from recllm.data.dataset import MANIFEST, describe_file
+from recllm.data.dataset import MANIFEST
 from recllm.data.ordering import group_by_user_in_time
 from recllm.data.splits import PARTS, Split
 from recllm.errors import DataError
@@ -85,7 +85,7 @@ class Sequences:
         return window
 
 
-def open_sequences(split: Split, part: str) -> Sequences:
+def open_sequences(split: Split, part: str, *, cache: Path | None = None) -> Sequences:
     """Opens a part's sequences, and builds them first where they are missing or made from another split.
 
     `train` has each training user's training interactions. `valid` and `test` have, for each user with
@@ -97,7 +97,7 @@ def open_sequences(split: Split, part: str) -> Sequences:
     """
     if part not in PARTS:
         raise DataError(f"part {part!r}: expected one of {', '.join(PARTS)}")
-    folder = split.folder / "sequences" / part
+    folder = (cache or split.folder / "sequences") / part
     if not _is_current(folder, split):
         _build(split, part, folder)
     return Sequences(folder)
@@ -107,11 +107,8 @@ def _is_current(folder: Path, split: Split) -> bool:
     if not (folder / MANIFEST).exists():
         return False
     manifest = read_json(folder / MANIFEST, "sequences")
-    whole = all(
-        (folder / name).exists() and describe_file(folder / name) == kept
-        for name, kept in manifest["files"].items()
-    )
-    return manifest["split_hash"] == split.split_hash and whole
+    sizes = {path.name: path.stat().st_size for path in folder.glob("*.npy")}
+    return manifest["split_hash"] == split.split_hash and manifest["bytes"] == sizes
 
 
 def _build(split: Split, part: str, folder: Path) -> None:
@@ -136,8 +133,8 @@ def _build(split: Split, part: str, folder: Path) -> None:
     with staged_folder(folder, overwrite=True) as staging:
         for name, array in arrays.items():
             np.save(staging / f"{name}.npy", array, allow_pickle=False)
-        files = {f"{name}.npy": describe_file(staging / f"{name}.npy") for name in arrays}
-        write_json(staging / MANIFEST, {"split_hash": split.split_hash, "part": part, "files": files})
+        sizes = {path.name: path.stat().st_size for path in staging.glob("*.npy")}
+        write_json(staging / MANIFEST, {"split_hash": split.split_hash, "part": part, "bytes": sizes})
 
 
 def _in_sequence(

@@ -13,6 +13,7 @@ from recllm.errors import DataError
 
 PARTS = ("train", "valid", "test")
 TRAIN, VALID, TEST, UNUSED = 0, 1, 2, 3
+_LATER_OF_THE_SAME_USER = "training holds interactions of the same user that are later than the targets"
 
 
 @dataclass
@@ -51,10 +52,7 @@ def leave_one_out(dataset: Dataset) -> Assignment:
     part[last[eligible]] = TEST
     assignment = Assignment("loo", part, np.ones(len(order), dtype=bool))
     assignment.facts["users_without_targets"] = int(np.count_nonzero(~eligible))
-    if dataset.has_timestamps:
-        _warn_of_the_future(dataset, assignment)
-    else:
-        assignment.warnings.append("the log has no times: input order stands for time order")
+    _warn_of_the_future(dataset, assignment)
     return assignment
 
 
@@ -77,22 +75,20 @@ def per_user_ratio(dataset: Dataset, ratios: np.ndarray, order: str, seed: int) 
         protocol = f"ratio-{_name(ratios)}-seed{seed}"
     lengths = np.diff(offsets)
     splittable = lengths >= 3
-    test = np.where(splittable & (shares[2] > 0), np.maximum(np.floor(lengths * shares[2] + 1e-9), 1), 0)
-    valid_least = (splittable & (shares[1] > 0)).astype(int)
-    train = np.where(
-        splittable, np.minimum(np.ceil(lengths * shares[0] - 1e-9), lengths - test - valid_least), lengths
-    )
+    test = np.where(splittable, np.clip(np.floor(lengths * shares[2] + 1e-9), 1, lengths - 2), 0)
+    train = np.where(splittable, np.minimum(np.ceil(lengths * shares[0] - 1e-9), lengths - test - 1), lengths)
     place = np.arange(rows) - np.repeat(offsets[:-1], lengths)
     part = np.empty(rows, dtype=np.int8)
     first_valid, first_test = np.repeat(train, lengths), np.repeat(lengths - test, lengths)
     part[grouped] = np.where(place < first_valid, TRAIN, np.where(place < first_test, VALID, TEST))
     assignment = Assignment(protocol, part, np.ones(rows, dtype=bool))
     assignment.facts["users_without_targets"] = int(np.count_nonzero(~splittable))
+    _without_untimed_targets(dataset, assignment)
     if order == "random":
-        assignment.warnings.append(
-            "training holds interactions of the same user that are later than the targets"
-        )
-    return _without_untimed_targets(dataset, assignment)
+        assignment.warnings.append(_LATER_OF_THE_SAME_USER)
+    else:
+        _warn_of_the_future(dataset, assignment)
+    return assignment
 
 
 def random_samples(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
@@ -103,8 +99,9 @@ def random_samples(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignmen
     shuffled = np.random.default_rng(seed).permutation(rows)
     part[shuffled[:train]], part[shuffled[train : train + valid]] = TRAIN, VALID
     assignment = Assignment(f"random-{_name(ratios)}-seed{seed}", part, np.ones(rows, dtype=bool))
-    assignment.warnings.append("training holds interactions of the same user that are later than the targets")
-    return _without_untimed_targets(dataset, assignment)
+    assignment.warnings.append(_LATER_OF_THE_SAME_USER)
+    _without_untimed_targets(dataset, assignment)
+    return assignment
 
 
 def by_user(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
@@ -131,8 +128,7 @@ def by_user(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
     assignment.facts |= {
         f"{name}_users": int(np.count_nonzero(user_part == code)) for code, name in enumerate(PARTS)
     }
-    if dataset.has_timestamps:
-        _warn_of_the_future(dataset, assignment)
+    _warn_of_the_future(dataset, assignment)
     return assignment
 
 
@@ -182,17 +178,22 @@ def _cut(count: int, ratios: np.ndarray) -> tuple[int, int]:
 
 
 def _name(ratios: np.ndarray) -> str:
-    return ":".join(f"{ratio:g}" for ratio in ratios)
+    """The ratios in their lowest terms: 8:1:1 also for 0.8, 0.1, 0.1."""
+    scaled = ratios / ratios.min()
+    whole = np.round(scaled)
+    return ":".join(f"{ratio:g}" for ratio in (whole if np.allclose(scaled, whole) else ratios))
 
 
-def _without_untimed_targets(dataset: Dataset, assignment: Assignment) -> Assignment:
+def _without_untimed_targets(dataset: Dataset, assignment: Assignment) -> None:
     if dataset.has_timestamps:
         assignment.part[dataset.timestamps == NO_TIME] = TRAIN
-    return assignment
 
 
 def _warn_of_the_future(dataset: Dataset, assignment: Assignment) -> None:
     """Measures how much of training lies after the test targets, which each model may then learn from."""
+    if not dataset.has_timestamps:
+        assignment.warnings.append("the log has no times: input order stands for time order")
+        return
     times = dataset.timestamps
     training = np.sort(times[assignment.part == TRAIN])
     targets = times[(assignment.part == TEST) & assignment.target]

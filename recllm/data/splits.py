@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import polars as pl
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from recllm.data import split_methods
 from recllm.data.dataset import MANIFEST, Dataset, describe_file, hash_of_files
@@ -30,7 +30,7 @@ COLUMNS = ("user", "item", "timestamp", "rating")
 class SplitOptions:
     """Splits a dataset into training, validation and test."""
 
-    dataset: Positional[Path]
+    dataset: Positional[Annotated[Path, arg(metavar="DATASET")]]
     """The dataset folder."""
     method: Positional[Literal["loo", "ratio", "random", "users", "temporal", "given"]]
     """loo: each user's last interaction is the test, the one before it the validation target. ratio: a share
@@ -49,7 +49,7 @@ class SplitOptions:
     name: str | None = None
     """Folder name below DATASET/splits; by default the protocol's."""
     overwrite: bool = False
-    """Replace the split where it exists."""
+    """Replace the split where it exists, with the candidates and sequences made from it."""
 
 
 class Split:
@@ -142,12 +142,18 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
         _drop_cold(dataset, assignment)
     for code in (VALID, TEST):
         if not (target & (part == code)).any():
+            told = ", ".join(
+                f"{fact.replace('_', ' ')}: {value:,}" for fact, value in assignment.facts.items()
+            )
             raise DataError(
-                f"{dataset.folder}: the {PARTS[code]} part of {assignment.protocol} has no targets"
+                f"{dataset.folder}: the {PARTS[code]} part of {assignment.protocol} has no targets "
+                f"({len(dataset.users):,} users, {len(part):,} interactions; {told or 'no more is known'})"
             )
     if not (part == TRAIN).any():
         raise DataError(f"{dataset.folder}: the training part of {assignment.protocol} is empty")
     name = options.name or assignment.protocol.replace(":", "-").replace("/", "-")
+    if Path(name).name != name or name.startswith("."):
+        raise DataError(f"--name {name!r}: expected a plain folder name")
     folder = dataset.folder / "splits" / name
     with staged_folder(folder, overwrite=options.overwrite) as staging:
         columns = dataset.scan_interactions().select(COLUMNS).with_row_index("row")
@@ -176,15 +182,15 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
 
 def _assign(dataset: Dataset, options: SplitOptions) -> Assignment:
     """Assigns each interaction to a part, by the method that the options name."""
+    if options.seed < 0:
+        raise DataError(f"--seed {options.seed}: expected 0 or more")
     if options.method == "loo":
         return split_methods.leave_one_out(dataset)
     if options.method == "given":
         return split_methods.given(dataset)
     ratios = np.asarray(options.ratios, dtype=float)
-    if (ratios < 0).any() or ratios[0] <= 0 or ratios.sum() <= 0:
-        raise DataError(
-            f"--ratios {options.ratios}: expected three shares, none negative, training above zero"
-        )
+    if not (np.isfinite(ratios).all() and (ratios > 0).all()):
+        raise DataError(f"--ratios {options.ratios}: expected three numbers above zero")
     if options.method == "ratio":
         return split_methods.per_user_ratio(dataset, ratios, options.order, options.seed)
     if options.method == "random":

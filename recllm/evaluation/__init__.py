@@ -1,6 +1,6 @@
 """Evaluation: rank records, exact metrics, significance and what lists and probabilities tell beyond them.
 
-records = rank_candidates(candidates, scores)       # or rank_score_matrix, rank_full, RankRecords.load
+records = rank_candidates(candidates, scores)       # or rank_catalog, rank_score_matrix, RankRecords.load
 compute_metrics(records, ks=(5, 10)).mean()         # {'hr@5': ..., 'ndcg@10': ..., 'auc': ...}
 compare(records, other_records, names=["ndcg@10"])
 """
@@ -15,7 +15,7 @@ from recllm.evaluation.diagnostics import (
     log_loss,
     novelty,
 )
-from recllm.evaluation.full_ranking import rank_full, top_k
+from recllm.evaluation.full_ranking import rank_catalog, rank_full, top_k
 from recllm.evaluation.inputs import Candidates, System, read_system, read_systems
 from recllm.evaluation.metrics import METRICS, Metrics, compute_metrics, metric_names, pooled_auc
 from recllm.evaluation.ranks import RankRecords, rank_candidates, rank_score_matrix
@@ -43,6 +43,7 @@ __all__ = [
     "novelty",
     "pooled_auc",
     "rank_candidates",
+    "rank_catalog",
     "rank_full",
     "rank_score_matrix",
     "read_system",

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from recllm.errors import DataError
 from recllm.evaluation import tables
-from recllm.evaluation.inputs import Candidates, System, read_systems
-from recllm.evaluation.metrics import Metrics, compute_metrics
+from recllm.evaluation.inputs import Candidates, System, read_systems, stem
+from recllm.evaluation.metrics import Metrics, compute_metrics, distinct_metric_names, one_positive_each
+from recllm.evaluation.ranks import RankRecords, check_one_setting
 from recllm.evaluation.significance import (
     RESAMPLES,
     bootstrap_means,
+    check_draws,
     check_same_records,
     compare,
     holm,
@@ -29,14 +32,16 @@ ALPHA = 0.05
 class RankReportConfig:
     """Measures one or more systems under one protocol and prints them in one table."""
 
-    files: Positional[tuple[Path, ...]]
-    """Score files (parquet or CSV: user, item, score) or rank records (parquet), one per system."""
+    files: Positional[Annotated[tuple[Path, ...], arg(metavar="FILES")]]
+    """Score files (parquet, .csv or .csv.gz: user, item, score) or rank records (parquet), one per system.
+    Put them before options that take several words."""
     candidates: Path | None = None
     """The candidate file that the scores belong to."""
     ks: tuple[int, ...] = (5, 10, 20)
     """Cutoffs."""
     metrics: tuple[str, ...] = ()
-    """Only these metrics, for example ndcg@10 mrr auc; all of them at all cutoffs when not given."""
+    """Only these metrics, for example ndcg@10 mrr auc. When not given: hr and ndcg at each cutoff, mrr and
+    auc; every metric where lists have several positives."""
     out: Path | None = None
     """Folder for metrics.json, metrics.csv and metrics.tex."""
     save_ranks: Path | None = None
@@ -51,14 +56,16 @@ class RankReportConfig:
 class CompareRunsConfig:
     """Compares the first system with each of the others, paired by user."""
 
-    files: Positional[tuple[Path, ...]]
-    """Two or more score files or rank records; the first is compared with each of the others."""
+    files: Positional[Annotated[tuple[Path, ...], arg(metavar="FILES")]]
+    """Two or more score files or rank records; the first is compared with each of the others. Put them before
+    options that take several words."""
     candidates: Path | None = None
     """The candidate file that the scores belong to."""
     ks: tuple[int, ...] = (10,)
     """Cutoffs."""
     metrics: tuple[str, ...] = ()
-    """Only these metrics, for example ndcg@10 mrr auc; all of them at all cutoffs when not given."""
+    """Only these metrics, for example ndcg@10 mrr auc. When not given: hr and ndcg at each cutoff, mrr and
+    auc; every metric where lists have several positives."""
     out: Path | None = None
     """Folder for comparison.json, comparison.csv and comparison.tex."""
     resamples: int = RESAMPLES
@@ -69,14 +76,16 @@ class CompareRunsConfig:
 
 def rank_report(config: RankReportConfig) -> tables.Table:
     """Runs `RankReportConfig`; returns the table that it printed."""
+    _check_options(config)
+    ranks = _rank_files(config.files, config.save_ranks) if config.save_ranks else []
     systems = _read(config)
     table = report_table(
         systems, config.ks, config.metrics or None, resamples=config.resamples, seed=config.seed
     )
     tables.show(table)
     if config.save_ranks:
-        for system in systems:
-            system.records.save(config.save_ranks / f"{system.path.stem}.parquet")
+        for system, path in zip(systems, ranks, strict=True):
+            system.records.save(path)
     if config.out:
         tables.write(table, config.out, "metrics")
     return table
@@ -84,8 +93,9 @@ def rank_report(config: RankReportConfig) -> tables.Table:
 
 def compare_runs(config: CompareRunsConfig) -> tables.Table:
     """Runs `CompareRunsConfig`; returns the table that it printed."""
+    _check_options(config)
     if len(config.files) < 2:
-        raise DataError("compare_runs needs two files or more")
+        raise DataError(f"a comparison needs two files or more, {len(config.files)} given")
     table = comparison_table(
         _read(config), config.ks, config.metrics or None, resamples=config.resamples, seed=config.seed
     )
@@ -108,8 +118,10 @@ def report_table(
     The best system of each metric is stressed, and those that differ from it are marked, by the sign-flip
     test with Holm's correction over every comparison that the table makes.
     """
+    check_one_setting([(system.records.system, system.records) for system in systems])
     for other in systems[1:]:
         check_same_records(systems[0].records, other.records)
+    names, equal = _chosen(systems[0].records, ks, names)
     measured = [compute_metrics(system.records, ks, names) for system in systems]
     names = list(measured[0].lists)
     per_user = np.stack([one.per_user().drop("user").to_numpy() for one in measured])  # [S, U, M]
@@ -127,7 +139,7 @@ def report_table(
         for s, system in enumerate(systems):
             low, high = intervals[s, m]
             figures = {"value": means[s, m], "low": low, "high": high, "p_holm_against_best": p[s, m]}
-            head = {"system": system.records.system, "metric": name}
+            head = {"protocol": system.records.protocol, "system": system.records.system, "metric": name}
             records.append({**head, **{key: float(value) for key, value in figures.items()}})
             mark = "†" if p[s, m] < ALPHA else ""
             row.append(f"{tables.number(means[s, m])} [{tables.number(low)}, {tables.number(high)}]{mark}")
@@ -135,11 +147,15 @@ def report_table(
                 bold.add((len(rows), s + 1))
         rows.append(row)
     rows += _plain_rows(systems, measured)
-    notes = [f"Means over users with 95% bootstrap intervals ({resamples} resamples, seed {seed})."]
+    notes = [f"Means over users with 95% bootstrap intervals ({resamples} resamples, seed {seed}).", *equal]
     if len(systems) > 1:
         notes.append(
             f"† differs from the best system: sign-flip test, Holm-corrected over {np.isfinite(p).sum()} "
             f"comparisons, p < {ALPHA}."
+        )
+        notes.append(
+            "The best system is chosen by the data that it is then tested on, which favors marks where more "
+            "than two systems compete; to confirm one, name the pair beforehand and compare it on other data."
         )
         if np.isfinite(p).sum() >= ALPHA * (resamples + 1):
             notes.append("Nothing can be marked: more resamples are needed for so many comparisons.")
@@ -156,6 +172,7 @@ def report_table(
     ]
     facts = {
         "protocol": measured[0].protocol,
+        "candidates": _known_candidates(systems),
         "systems": {one.system: _facts(system, one) for system, one in zip(systems, measured, strict=True)},
         "resamples": resamples,
         "seed": seed,
@@ -181,6 +198,8 @@ def comparison_table(
 ) -> tables.Table:
     """Tabulates the comparisons of the first system with each other one; Holm's family is all rows."""
     first = systems[0].records
+    check_one_setting([(system.records.system, system.records) for system in systems])
+    names, equal = _chosen(first, ks, names)
     comparisons = [
         comparison
         for other in systems[1:]
@@ -191,7 +210,11 @@ def comparison_table(
         for test in ("t_p", "wilcoxon_p", "permutation_p")
     }
     records = [
-        {**asdict(comparison), **{name: float(values[i]) for name, values in adjusted.items()}}
+        {
+            "protocol": first.protocol,
+            **asdict(comparison),
+            **{name: float(values[i]) for name, values in adjusted.items()},
+        }
         for i, comparison in enumerate(comparisons)
     ]
     rows = [
@@ -209,13 +232,60 @@ def comparison_table(
         f"Paired by user ({comparisons[0].users} users). Difference with its 95% bootstrap interval "
         f"({resamples} resamples, seed {seed}).",
         f"p-values are two-sided, Holm-corrected over the {len(rows)} rows; the files have both kinds.",
+        *equal,
     ]
-    facts = {"protocol": first.protocol, "resamples": resamples, "seed": seed}
+    candidates = _known_candidates(systems)
+    facts = {"protocol": first.protocol, "candidates": candidates, "resamples": resamples, "seed": seed}
     return tables.Table(f"Protocol {first.protocol}", columns, rows, records, facts, set(), notes)
 
 
 def _read(config: RankReportConfig | CompareRunsConfig) -> list[System]:
     return read_systems(config.files, Candidates.read(config.candidates) if config.candidates else None)
+
+
+def _check_options(config: RankReportConfig | CompareRunsConfig) -> None:
+    """Refuses what can be refused before anything is read."""
+    check_draws(config.resamples, config.seed)
+    for word in config.metrics:
+        if word.endswith((".parquet", ".csv", ".gz")) or "/" in word:
+            raise DataError(
+                f"--metrics took {word!r}, which looks like a file: an option of several words takes all "
+                "that follow it; put the files first, before --metrics and --ks"
+            )
+    if not config.files:
+        raise DataError("no score or rank files were given; put them first, before --metrics and --ks")
+
+
+def _rank_files(files: tuple[Path, ...], folder: Path) -> list[Path]:
+    """The file for the rank records of each of `files`, none of them taken twice or from an input."""
+    ranks = [folder / f"{stem(path)}.parquet" for path in files]
+    owner: dict[Path, Path] = {}
+    for path, rank in zip(files, ranks, strict=True):
+        if rank in owner:
+            raise DataError(f"--save-ranks: {owner[rank]} and {path} would both go to {rank}; rename one")
+        owner[rank] = path
+    taken = {path.resolve() for path in files}
+    for rank in ranks:
+        if rank.resolve() in taken:
+            raise DataError(f"--save-ranks: {rank} is one of the files to measure; give another folder")
+    return ranks
+
+
+def _chosen(
+    records: RankRecords, ks: tuple[int, ...], names: tuple[str, ...] | None
+) -> tuple[Sequence[str], list[str]]:
+    """The metrics of a table, and a note on those that it leaves out."""
+    if names is not None:
+        return names, []
+    note = (
+        "Every list has one positive, so that recall@k = hr@k, precision@k = hr@k / k, map = mrr (at cutoffs "
+        "too) and ndcg@1 = hr@1; --metrics names any of them."
+    )
+    return distinct_metric_names(records, ks), [note] * one_positive_each(records)
+
+
+def _known_candidates(systems: list[System]) -> str | None:
+    return next((system.records.candidates for system in systems if system.records.candidates), None)
 
 
 def _side_by_side(values: np.ndarray) -> np.ndarray:

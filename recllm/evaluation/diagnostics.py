@@ -10,11 +10,11 @@ from recllm.errors import DataError
 
 
 def catalog_coverage(lists: np.ndarray, n_items: int) -> float:
-    """The share of the catalogue that stands in at least one list.
+    """The share of the catalog that stands in at least one list.
 
     Args:
         lists: [U, K] item numbers as `top_k` returns them; -1 marks an empty place.
-        n_items: The size of the catalogue.
+        n_items: The size of the catalog.
     """
     return float(np.count_nonzero(_exposure(lists, n_items)) / n_items)
 

@@ -15,7 +15,8 @@ COLUMNS = ("user", "item", "above", "tied", "n")
 
 
 def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Reads parquet with its metadata, or CSV with ids kept as they are written (007 stays 007).
+    """Reads parquet with its metadata, or CSV (also gzipped) with ids kept as they are written (007 stays
+    007).
 
     Raises:
         DataError: The file is missing or damaged, or a CSV score is not a number.
@@ -23,14 +24,19 @@ def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
+    is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
     try:
-        if path.suffix == ".csv":
-            frame, metadata = pl.read_csv(path, infer_schema=False), {}
+        if is_csv:
+            frame, metadata = pl.read_csv(path, infer_schema=False, glob=False), {}
         else:
-            frame, metadata = pl.read_parquet(path, hive_partitioning=False), pl.read_parquet_metadata(path)
+            frame = pl.read_parquet(path, hive_partitioning=False, glob=False)
+            metadata = pl.read_parquet_metadata(path)
     except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path}: not readable as {path.suffix[1:] or 'parquet'}: {error}") from None
-    for name in {"score", "label"} & set(frame.columns) if path.suffix == ".csv" else ():
+        raise DataError(
+            f"{path}: not readable as {'CSV' if is_csv else 'parquet'} ({error}); CSV must be called "
+            ".csv or .csv.gz, and any other file must be parquet"
+        ) from None
+    for name in {"score", "label"} & set(frame.columns) if is_csv else ():
         numbers = frame[name].str.strip_chars().cast(pl.Float64, strict=False)
         if (wrong := numbers.is_null()).any():
             row = wrong.arg_max()
@@ -58,10 +64,11 @@ def check_candidates(frame: pl.DataFrame, where: str = "candidates") -> pl.DataF
     frame = text_ids(frame, keys, where)
     if "label" not in frame.columns:
         raise DataError(f"{where}: no column 'label'; found {', '.join(frame.columns)}")
-    wrong = ~frame["label"].is_in([0, 1]).fill_null(False) if frame["label"].dtype.is_numeric() else None
+    label = frame["label"]
+    wrong = ~((label == 0) | (label == 1)).fill_null(False) if label.dtype.is_numeric() else None
     if wrong is None or wrong.any():
         row = 0 if wrong is None else wrong.arg_max()
-        raise DataError(f"{where}: row {row} has label {frame['label'][row]!r}; labels must be 1 or 0")
+        raise DataError(f"{where}: row {row} has label {label[row]!r}; labels must be 1 or 0")
     frame = frame.select(*keys, pl.col("label").cast(pl.Int8))
     if (twice := frame.select(keys).is_duplicated()).any():
         raise DataError(

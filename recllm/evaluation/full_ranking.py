@@ -1,4 +1,4 @@
-"""Ranks against the whole catalogue, a block of users at a time.
+"""Ranks against the whole catalog, a block of users at a time.
 
 Neither a users x items matrix nor a sorted list is ever made: a block of scores is computed, compared with
 the score of each positive, counted and dropped. What the user has already seen is not masked in the block; it
@@ -11,13 +11,16 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
 
 from recllm.errors import DataError
 from recllm.evaluation.ranks import RankRecords, check_finite, count_true
+
+if TYPE_CHECKING:
+    from recllm.data.candidates import FullRanking
 
 Scores = Any
 """A [U, I] array or tensor, a function from a slice of users to [B, I], or embeddings ([U, D], [I, D])."""
@@ -37,6 +40,7 @@ def rank_full(
     threads: int | None = None,
     protocol: str = "unspecified",
     system: str = "unnamed",
+    candidates: str = "",
 ) -> RankRecords:
     """Ranks the positives of every user among all items that the user has not seen.
 
@@ -49,13 +53,14 @@ def rank_full(
         scores: A matrix [U, I], a function that maps a slice of users to their scores [B, I], or a pair of
             user and item embeddings; numpy arrays or torch tensors.
         positives: The items to rank, per user; users without one are passed over.
-        n_items: The size I of the catalogue.
+        n_items: The size I of the catalog.
         seen: Items that are no candidates, per user. A positive stays a candidate even where it was seen.
         users: [U] ids; 0 to U - 1 when None.
         items: [I] ids; 0 to I - 1 when None.
         block: Users per block; None takes about 1.5 million scores, at least 16 users.
         threads: Blocks in work at a time, on the CPU; None takes one per core. Memory grows with
             threads x block x I, never with U x I. A function is always called by one thread.
+        candidates: A fingerprint of positives and seen items, for the records to keep.
 
     Returns:
         One record per positive; `n` is I less the number of the user's seen items that are not positives.
@@ -108,7 +113,48 @@ def rank_full(
     _over_blocks(count, scores, n_items, users, block, threads)
     n = n_items - np.diff(hidden_ptr)[owner]
     names = users[owner].rename("user"), items[wanted].rename("item")
-    return RankRecords(*names, above, tied, n, "user", protocol, system)
+    return RankRecords(*names, above, tied, n, "user", protocol, system, candidates)
+
+
+def rank_catalog(
+    ranking: FullRanking,
+    scores: Scores,
+    *,
+    system: str,
+    block: int | None = None,
+    threads: int | None = None,
+) -> RankRecords:
+    """Ranks the lists of `recllm.data.candidates.full_ranking`, with their ids, protocol and fingerprint.
+
+    lists = full_ranking(split, "test")
+    records = rank_catalog(lists, (user_vectors[lists.users], item_vectors), system="mine")
+    records.save("ranks/mine.parquet")
+
+    Args:
+        ranking: The lists, L of them, over a catalog of I items.
+        scores: As in `rank_full`, row i being the scores of list i (of user `ranking.users[i]`) and column j
+            those of item j of the catalog: [L, I], a function from a slice of lists to [B, I], or
+            embeddings ([L, D], [I, D]).
+        system: The name of what made the scores.
+        block: As in `rank_full`, in lists.
+        threads: As in `rank_full`.
+
+    Raises:
+        DataError: As `rank_full`.
+    """
+    return rank_full(
+        scores,
+        (ranking.positive_offsets, ranking.positives),
+        len(ranking.item_ids),
+        seen=(ranking.masked_offsets, ranking.masked),
+        users=ranking.user_ids,
+        items=ranking.item_ids,
+        block=block,
+        threads=threads,
+        protocol=ranking.protocol,
+        system=system,
+        candidates=ranking.candidates,
+    )
 
 
 def top_k(

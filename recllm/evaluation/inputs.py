@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,8 +11,7 @@ import polars as pl
 from recllm.errors import DataError
 from recllm.evaluation.frames import COLUMNS, check_candidates, check_scores, read_table
 from recllm.evaluation.metrics import pooled_auc
-from recllm.evaluation.ranks import RankRecords, rank_candidates
-from recllm.files import sha256
+from recllm.evaluation.ranks import RankRecords, check_one_setting, rank_candidates
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +22,8 @@ class Candidates:
     frame: pl.DataFrame
     """`user`, (`target`,) `item`, `label`."""
     protocol: str
+    fingerprint: str
+    """Of the content: equal lists have one, in whatever order or kind of file they are stored."""
 
     @classmethod
     def read(cls, path: Path) -> Candidates:
@@ -32,7 +34,10 @@ class Candidates:
         """
         frame, metadata = read_table(path)
         frame = check_candidates(frame, str(path))
-        return cls(path, frame, metadata.get("recllm.protocol") or f"candidates-{sha256(path)[:12]}")
+        fingerprint = _fingerprint(frame)
+        return cls(
+            path, frame, metadata.get("recllm.protocol") or f"candidates-{fingerprint[:12]}", fingerprint
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,11 +57,14 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
 
     Raises:
         DataError: The file holds neither, scores come without candidates, or the file states another protocol
-            than the candidates.
+            than the candidates; rank records were made from other candidates than those given.
     """
     frame, metadata = read_table(path)
     if set(COLUMNS) <= set(frame.columns):
-        return System(path, RankRecords.load(path), None)
+        records = RankRecords.load(path)
+        if candidates is not None:
+            _check_made_from(records, path, candidates)
+        return System(path, records, None)
     if candidates is None:
         if "score" not in frame.columns:
             raise DataError(
@@ -73,9 +81,9 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
     has_target = {"target"} <= set(candidates.frame.columns) & set(frame.columns)
     keys = ["user", "target", "item"] if has_target else ["user", "item"]
     scores = check_scores(frame, keys, str(path))
-    names = {"protocol": candidates.protocol, "system": metadata.get("recllm.system") or path.stem}
+    names = {"protocol": candidates.protocol, "system": metadata.get("recllm.system") or stem(path)}
     try:
-        records = rank_candidates(candidates.frame, scores, **names)
+        records = rank_candidates(candidates.frame, scores, **names, fingerprint=candidates.fingerprint)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     labeled = candidates.frame.join(scores, on=keys)
@@ -88,24 +96,44 @@ def read_systems(paths: tuple[Path, ...], candidates: Candidates | None = None) 
     """Reads several systems that are to stand in one table; equal names are told apart by their files.
 
     Raises:
-        DataError: There are none, or two of them were measured under different protocols; both files are
-            named.
+        DataError: There are none, or two of them were measured under different protocols or on different
+            candidates; both files are named.
     """
     if not paths:
         raise DataError("no score or rank files were given")
     systems = [read_system(Path(path), candidates) for path in paths]
-    first = systems[0]
-    for other in systems[1:]:
-        if other.records.protocol != first.records.protocol:
-            raise DataError(
-                f"{first.path} was measured under {first.records.protocol!r} and {other.path} under "
-                f"{other.records.protocol!r}; two protocols do not go into one table"
-            )
+    check_one_setting([(str(system.path), system.records) for system in systems])
     names = [system.records.system for system in systems]
     return [
         system if names.count(name) == 1 else _renamed(system, f"{name} ({system.path})")
         for system, name in zip(systems, names, strict=True)
     ]
+
+
+def stem(path: Path) -> str:
+    """The name of a file without its kind: `mine` for mine.parquet, mine.csv and mine.csv.gz."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
+def _fingerprint(frame: pl.DataFrame) -> str:
+    """Hashes the rows as quoted text in sorted order; 64 bits, in hex."""
+    digest = hashlib.sha256(",".join(frame.columns).encode())
+    for part in frame.sort(frame.columns).iter_slices(2**20):
+        digest.update(part.write_csv(include_header=False, quote_style="always").encode())
+    return digest.hexdigest()[:16]
+
+
+def _check_made_from(records: RankRecords, path: Path, candidates: Candidates) -> None:
+    if records.protocol != candidates.protocol:
+        raise DataError(
+            f"{path} was measured under {records.protocol!r}, but {candidates.path} is "
+            f"{candidates.protocol!r}; rank records need no --candidates, and may have no other ones"
+        )
+    if records.candidates and records.candidates != candidates.fingerprint:
+        raise DataError(
+            f"{path} and {candidates.path} have the same protocol {records.protocol!r}, but their candidates "
+            f"differ (fingerprints {records.candidates} and {candidates.fingerprint}); rank the scores again"
+        )
 
 
 def _renamed(system: System, name: str) -> System:

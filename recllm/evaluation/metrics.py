@@ -12,6 +12,7 @@ ECIR 2008, take the same expectations; the closed forms here are ours.)
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -70,8 +71,8 @@ def compute_metrics(
     Args:
         records: R rank records.
         ks: Cutoffs at which all of `METRICS` are taken.
-        names: Exactly these metrics instead: `ndcg@10`, or without a cutoff `mrr` (the whole list); `auc` has
-            none.
+        names: Exactly these metrics instead: `ndcg@10`, or without a cutoff (the whole list) `ndcg`, `mrr`
+            and `map`; `auc` has none.
 
     Raises:
         DataError: No records, or a metric or cutoff that does not exist.
@@ -80,13 +81,35 @@ def compute_metrics(
         raise DataError(f"{records.system}: there are no rank records to measure")
     groups = _Groups.of(records)
     values = {name: _metric(name, groups) for name in (metric_names(ks) if names is None else names)}
-    tie_rate = float(groups.r[groups.t > groups.r].sum() / len(records))
+    tied = groups.spread(groups.total(np.where(groups.t > groups.r, groups.r, 0)))
+    tie_rate = float(tied.sum() / len(records))
     return Metrics(groups.user, values, len(records), tie_rate, records.protocol, records.system)
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
     """Lists what `compute_metrics` returns for `ks`: all at each cutoff, then `mrr`, `map` and `auc`."""
+    if wrong := [k for k in ks if not isinstance(k, int | np.integer) or k < 1]:
+        raise DataError(f"cutoff {wrong[0]!r}: cutoffs (--ks) must be whole numbers of at least 1")
     return [f"{name}@{k}" for k in ks for name in METRICS] + ["mrr", "map", "auc"]
+
+
+def distinct_metric_names(records: RankRecords, ks: Sequence[int]) -> list[str]:
+    """Lists the metrics that differ: all of `metric_names` where a list has several positives, else fewer.
+
+    With one positive in every list recall@k = hr@k, precision@k = hr@k / k, map = mrr (at cutoffs too) and
+    ndcg@1 = hr@1. Tests of one hypothesis under several names would only enlarge Holm's family, so that
+    `hr` and `ndcg` at each cutoff, `mrr` and `auc` are left.
+    """
+    names = metric_names(ks)
+    if not one_positive_each(records):
+        return names
+    kept = [name for name in names if name.split("@")[0] in ("hr", "ndcg") and name != "ndcg@1"]
+    return [*kept, "mrr", "auc"]
+
+
+def one_positive_each(records: RankRecords) -> bool:
+    """Tells whether every list has one positive."""
+    return records.lists == "target" or records.user.n_unique() == len(records)
 
 
 def pooled_auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -131,6 +154,8 @@ class _Groups:
     """[max n + 1] sums of 1 / rank over the first x ranks."""
     discount: np.ndarray
     """[max n + 1] sums of 1 / log2(rank + 1) over the first x ranks."""
+    which: np.ndarray | None = None
+    """[users] the list, counted once, that stands for each user's list; None where that is its own."""
 
     @classmethod
     def of(cls, records: RankRecords) -> _Groups:
@@ -138,10 +163,11 @@ class _Groups:
         rank = np.arange(1, n.max() + 1)
         # Extended precision where the machine has it, so that differences of sums keep all their digits.
         tables = [np.cumsum(np.append(0, 1 / x), dtype=np.longdouble) for x in (rank, np.log2(rank + 1))]
-        ones = np.ones(len(records), np.int64)
+        if one_positive_each(records):
+            above, tied, n, which = _distinct(above, tied, n)
+            ones = np.ones(len(n), np.int64)
+            return cls(above, tied, ones, 0 * ones, n, ones, np.arange(len(n)), records.user, *tables, which)
         rows = np.arange(len(records))
-        if records.lists == "target" or records.user.n_unique() == len(records):
-            return cls(above, tied, ones, 0 * ones, n, ones, rows, records.user, *tables)
         owner = records.user.rank("dense").to_numpy()
         order = np.lexsort((above, owner))
         owner, above = owner[order], above[order]
@@ -163,6 +189,10 @@ class _Groups:
             discount=tables[1],
         )
 
+    def spread(self, values: np.ndarray) -> np.ndarray:
+        """Gives each list its value from those of the lists that were counted once."""
+        return values if self.which is None else values[self.which]
+
     def within(self, k: int) -> np.ndarray:
         """Ranks of each group that lie in the top k."""
         return np.clip(k - self.g, 0, self.t)
@@ -174,6 +204,20 @@ class _Groups:
     def total(self, values: np.ndarray) -> np.ndarray:
         """Sums over the groups of each list."""
         return values if len(self.first) == len(values) else np.add.reduceat(values, self.first)
+
+
+def _distinct(above: np.ndarray, tied: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The different triples, and for each row which one is its own (None where they would not be few)."""
+    least = n.min()
+    shape = int(above.max()) + 1, int(tied.max()) + 1, int(n.max() - least) + 1
+    if math.prod(shape) * 10 > len(n):
+        return above, tied, n, None
+    code = (above * shape[1] + tied) * shape[2] + (n - least)
+    present = np.flatnonzero(np.bincount(code))
+    place = np.zeros(math.prod(shape), np.int64)
+    place[present] = np.arange(len(present))
+    above, tied, n = np.unravel_index(present, shape)
+    return above, tied, n + least, place[code]
 
 
 def _hits(x: _Groups, k: int) -> np.ndarray:
@@ -281,15 +325,19 @@ METRICS: dict[str, Callable[[_Groups, int], np.ndarray]] = {
 
 
 def _metric(name: str, groups: _Groups) -> np.ndarray:
-    base, _, cutoff = name.partition("@")
-    if base == "auc" and not cutoff:
-        return _auc(groups, 0)
-    if base not in METRICS or (cutoff and not (cutoff.isdecimal() and int(cutoff) > 0)) or name.endswith("@"):
+    base, at, cutoff = name.partition("@")
+    if base not in (*METRICS, "auc"):
         near = difflib.get_close_matches(base, [*METRICS, "auc"], n=1, cutoff=0.0)[0]
         raise DataError(f"no metric {name!r}; the nearest is {near!r}; cutoffs are written as in 'ndcg@10'")
-    if not cutoff and base == "precision":
-        raise DataError("'precision' needs a cutoff, as in 'precision@10'")
-    return METRICS[base](groups, int(cutoff) if cutoff else len(groups.harmonic) - 1)
+    if base == "auc":
+        if at:
+            raise DataError(f"{name!r}: 'auc' is of the whole list and takes no cutoff")
+        return groups.spread(_auc(groups, 0))
+    if at and not (cutoff.isdecimal() and int(cutoff) > 0):
+        raise DataError(f"{name!r}: a cutoff must be a whole number of at least 1, as in 'ndcg@10'")
+    if not at and base in ("hr", "recall", "precision"):  # of a whole list the first two are always 1
+        raise DataError(f"{base!r} needs a cutoff, as in '{base}@10'")
+    return groups.spread(METRICS[base](groups, int(cutoff) if cutoff else len(groups.harmonic) - 1))
 
 
 def _mean(values: np.ndarray) -> float:

@@ -49,6 +49,9 @@ class RankRecords:
     lists: Literal["user", "target"]
     protocol: str = "unspecified"
     system: str = "unnamed"
+    candidates: str = ""
+    """A fingerprint of the candidate lists, which tells two apart whose protocols have one name; empty where
+    it is not known."""
     ignored: int = 0
     """Score rows that belonged to no candidate; known where the records are made, not stored in the file."""
 
@@ -66,8 +69,9 @@ class RankRecords:
                 "n": np.asarray(self.n, np.int64),
             }
         )
-        metadata = {"protocol": self.protocol, "system": self.system, "lists": self.lists}
-        metadata = {f"recllm.{key}": value for key, value in metadata.items()}
+        metadata = {
+            f"recllm.{key}": getattr(self, key) for key in ("protocol", "system", "lists", "candidates")
+        }
         write_file(path, lambda temporary: frame.write_parquet(temporary, metadata=metadata))
 
     @classmethod
@@ -93,7 +97,7 @@ class RankRecords:
                 raise DataError(f"{path}: column {name!r} must hold integers without gaps")
         check_ranks(frame, lists, str(path))
         above, tied, n = (frame[name].cast(pl.Int64).to_numpy() for name in COLUMNS[2:])
-        names = metadata["recllm.protocol"], metadata["recllm.system"]
+        names = metadata["recllm.protocol"], metadata["recllm.system"], metadata.get("recllm.candidates", "")
         return cls(frame["user"], frame["item"], above, tied, n, lists, *names)
 
 
@@ -103,6 +107,7 @@ def rank_candidates(
     *,
     protocol: str = "unspecified",
     system: str = "unnamed",
+    fingerprint: str = "",
 ) -> RankRecords:
     """Ranks every positive among the candidates of its list.
 
@@ -113,6 +118,7 @@ def rank_candidates(
             (user, target), whose only positive is the target; without it one list is one user.
         scores: `user`, `item`, `score` and perhaps `target`, which is then matched as well. Rows that are no
             candidate are left out and counted in `ignored`.
+        fingerprint: What the records keep as `candidates`; `Candidates.read` computes it.
 
     Returns:
         One record per positive, in the order of `candidates`.
@@ -157,6 +163,7 @@ def rank_candidates(
         lists="target" if has_target else "user",
         protocol=protocol,
         system=system,
+        candidates=fingerprint,
         ignored=scores.join(candidates, on=keys, how="anti").height,
     )
 
@@ -218,6 +225,30 @@ def rank_score_matrix(
     names = pl.Series("item", columns if items is None else np.asarray(items)[rows, columns])
     n = np.full(len(rows), width)
     return RankRecords(users[rows].rename("user"), names, above, tied, n, lists, protocol, system)
+
+
+def check_one_setting(named: Sequence[tuple[str, RankRecords]]) -> None:
+    """Raises a `DataError` unless all were measured under one protocol and, as far as known, on one set of
+    candidates.
+
+    Args:
+        named: Each with the name (a system's or a file's) by which the message is to call it.
+    """
+    name, first = named[0]
+    for other_name, other in named[1:]:
+        if (other.protocol, other.lists) != (first.protocol, first.lists):
+            raise DataError(
+                f"{name} was measured under {first.protocol!r} ({first.lists} lists) and {other_name} under "
+                f"{other.protocol!r} ({other.lists} lists); systems can be compared under one protocol only"
+            )
+    known = [(name, records.candidates) for name, records in named if records.candidates]
+    for other_name, candidates in known[1:]:
+        if candidates != known[0][1]:
+            raise DataError(
+                f"{known[0][0]} and {other_name} were both measured under {first.protocol!r}, but their "
+                f"candidates differ (fingerprints {known[0][1]} and {candidates}), as those of another "
+                "catalog or split do; rank both on the same candidates"
+            )
 
 
 def count_true(mask: Any) -> Any:

@@ -15,7 +15,7 @@ import polars as pl
 
 from recllm.errors import DataError
 from recllm.evaluation.metrics import compute_metrics
-from recllm.evaluation.ranks import RankRecords
+from recllm.evaluation.ranks import RankRecords, check_one_setting
 
 RESAMPLES = 10_000
 
@@ -69,8 +69,8 @@ def compare(
         seed: Seeds both.
 
     Raises:
-        DataError: The protocols differ, or a (user, item) record or candidate count of one system is not in
-            the other.
+        DataError: The protocols or the candidates differ, or a (user, item) record or candidate count of one
+            system is not in the other.
     """
     check_same_records(a, b)
     per_user = [compute_metrics(records, ks, names).per_user() for records in (a, b)]
@@ -97,11 +97,7 @@ def compare(
 
 def check_same_records(a: RankRecords, b: RankRecords) -> None:
     """Raises a `DataError` unless both systems ranked the same positives among as many candidates."""
-    if a.protocol != b.protocol or a.lists != b.lists:
-        raise DataError(
-            f"{a.system} was measured under {a.protocol!r} ({a.lists} lists) and {b.system} under "
-            f"{b.protocol!r} ({b.lists} lists); systems can be compared under one protocol only"
-        )
+    check_one_setting([(a.system, a), (b.system, b)])
     keys = ["user", "item", "n"]
     left, right = (
         pl.DataFrame(
@@ -119,6 +115,14 @@ def check_same_records(a: RankRecords, b: RankRecords) -> None:
             )
 
 
+def check_draws(resamples: int, seed: int) -> None:
+    """Raises a `DataError` for a number of resamples or a seed from which nothing can be drawn."""
+    if resamples < 1:
+        raise DataError(f"resamples is {resamples}; expected at least 1")
+    if seed < 0:
+        raise DataError(f"seed is {seed}; expected 0 or more")
+
+
 def bootstrap_means(
     values: np.ndarray, *, level: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> np.ndarray:
@@ -130,6 +134,7 @@ def bootstrap_means(
     Returns:
         [M, 2] lower and upper ends; NaN for a column without values.
     """
+    check_draws(resamples, seed)
     rows, counts = _collapse(values)
     known = ~np.isnan(rows)
     table = np.concatenate([np.where(known, rows, 0.0), known], axis=1)
@@ -160,6 +165,7 @@ def sign_flip_test(differences: np.ndarray, *, resamples: int = RESAMPLES, seed:
     Returns:
         [M] p-values; 1 where no difference is other than zero.
     """
+    check_draws(resamples, seed)
     differences = np.nan_to_num(differences, nan=0.0)
     observed = np.abs(differences.sum(0))
     reach = observed - 1e-9 * np.abs(differences).sum(0)  # sums in another order differ in their last bits
@@ -247,8 +253,6 @@ def _collapse(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _chunks(resamples: int, width: int) -> Iterator[int]:
     """Sizes that add up to `resamples`, each with at most about two million draws."""
-    if resamples < 1:
-        raise DataError(f"resamples is {resamples}; expected at least 1")
     step = max(1, 2**21 // max(width, 1))
     for start in range(0, resamples, step):
         yield min(step, resamples - start)

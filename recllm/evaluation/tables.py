@@ -64,15 +64,17 @@ def plain(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """Writes a `tabular` for the booktabs package; every name is escaped."""
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(table.columns) - 1)}}}", r"\toprule"]
+    """Writes a `tabular` for the booktabs package, its title in the first row; every name is escaped."""
+    width = len(table.columns)
+    lines = [rf"\begin{{tabular}}{{l{'r' * (width - 1)}}}", r"\toprule"]
+    lines += [rf"\multicolumn{{{width}}}{{l}}{{{escape_latex(table.title)}}} \\", r"\midrule"]
     lines += [" & ".join(map(escape_latex, table.columns)) + r" \\", r"\midrule"]
     for r, row in enumerate(table.rows):
         cells = [escape_latex(cell) for cell in row]
         cells = [rf"\textbf{{{cell}}}" if (r, c) in table.bold else cell for c, cell in enumerate(cells)]
         lines.append(" & ".join(cells) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    notes = [f"% {printable(note)}" for note in [table.title, *table.notes]]
+    notes = [f"% {printable(note)}" for note in table.notes]
     return "\n".join([*notes, *lines]) + "\n"
 
 

@@ -36,3 +36,7 @@ class Popularity:
         scores = pl.DataFrame({"item": self._items, "score": self.scores})
         keys = [name for name in ("user", "target", "item") if name in candidates.columns]
         return candidates.select(keys).join(scores, on="item", how="left", maintain_order="left")
+
+    def score_lists(self, lists: slice) -> np.ndarray:
+        """Scores the whole catalog for a block of lists; float32, shape [lists, items]."""
+        return np.broadcast_to(self.scores, (lists.stop - lists.start, len(self.scores)))

@@ -262,3 +262,42 @@ def test_repeated_items_count_once(tmp_path: Path) -> None:
         "rows of items.csv without item id": 1,
         "repeated item ids in items.csv (the first counts)": 1,
     }
+
+
+# ---------------------------------------------------------------------------- times as people write them
+
+
+def test_dates_of_several_forms_in_one_column_are_all_read(tmp_path: Path) -> None:
+    forms = {
+        "2023-01-02T00:00:00Z": 1672617600,
+        "2023-01-03T00:00:00": 1672704000,
+        "2023-01-04": 1672790400,
+        "2023-01-05 10:11": 1672913460,
+        "2023-01-05 10:11:12.5+02:00": 1672906272,
+        "2023-01-02 10:11 UTC": 1672654260,
+        "2023-01-02T10:11Z": 1672654260,
+    }
+    for repeats in (1, 1500):  # with and without all forms among the rows that are looked at first
+        texts = [next(iter(forms))] * repeats + list(forms)
+        rows = [f"u,{row},{text}" for row, text in enumerate(texts)]
+        dataset, findings = take(put(tmp_path / "log.csv", "\n".join(["user,item,timestamp", *rows])))
+        assert dataset.interactions["timestamp"].to_list() == [forms[text] for text in texts]
+        assert findings.kept == {}
+
+
+def test_a_row_with_a_time_wins_over_a_repeated_one_without(tmp_path: Path) -> None:
+    path = put(
+        tmp_path / "log.csv", "user,item,timestamp\na,1,n/a\na,1,50\na,2,60\na,2,n/a\nb,1,70\nb,2,80\n"
+    )
+    for policy in ("first", "last"):
+        dataset, _ = take(path, duplicates=policy)
+        assert dataset.interactions["timestamp"].to_list() == [50, 60, 70, 80]
+
+
+def test_numbers_that_are_hardly_seconds_are_remarked(tmp_path: Path) -> None:
+    path = put(tmp_path / "log.csv", "user,item,timestamp\na,1,20230101\na,2,20230102\n")
+    assert "in seconds lies before 1990" in take(path)[1].notes[0]
+
+
+def test_a_log_without_times_says_what_stands_for_them(tmp_path: Path) -> None:
+    assert "no time column" in take(put(tmp_path / "log.csv", "user,item\na,1\n"))[1].notes[0]

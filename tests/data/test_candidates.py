@@ -52,7 +52,7 @@ def test_the_protocol_stands_in_the_files(small_dataset):
     folder, _ = draw(loo(small_dataset), negatives=5, seed=9)
     for part in ("valid", "test"):
         metadata = pl.read_parquet_metadata(folder / f"{part}.parquet")
-        assert metadata["recllm.protocol"] == "loo/1+5-uniform-seed9"
+        assert metadata["recllm.protocol"] == "loo/1+5-uniform-seed9" + ("/valid" if part == "valid" else "")
 
 
 def test_negatives_do_not_depend_on_the_order_of_the_log_or_on_other_users(tmp_path):
@@ -131,6 +131,23 @@ def test_a_user_who_touched_nearly_everything_gets_what_is_left():
     assert stats.chisquare(np.bincount(drawn.ravel() - (items - 6), minlength=6)).pvalue > 1e-4
 
 
+def test_a_repeated_pair_is_one_list(tmp_path):
+    log = pl.DataFrame({"user": ["u"] * 5, "item": list("abcbb"), "timestamp": range(5)})
+    catalog, users = pl.DataFrame({"item": list("abcdefgh")}), pl.DataFrame({"user": ["u"]})
+    dataset = write_dataset(tmp_path / "d", items=catalog, interactions=log, users=users, source={})
+    split = make_split(dataset, SplitOptions(dataset.folder, "temporal", (1, 1, 3)))
+    _, test = draw(split, negatives=3)
+    assert test.select("user", "target", "item").is_unique().all()
+    assert sorted(test["target"].unique()) == ["b", "c"]
+
+
+def test_fingerprints_tell_lists_apart(small_dataset):
+    split = loo(small_dataset)
+    kinds = [(part, mask) for part in ("valid", "test") for mask in ("seen", "train", "none")]
+    assert len({full_ranking(split, part, mask=mask).candidates for part, mask in kinds}) == 6
+    assert full_ranking(split, "test").candidates == full_ranking(Split.open(split.folder), "test").candidates
+
+
 def test_too_few_items_left_names_the_user(tmp_path):
     log = pl.DataFrame({"user": ["u"] * 4 + ["greedy"] * 9, "item": [*"abcd", *"abcdefghi"]})
     items, users = log.select("item").unique().sort("item"), log.select("user").unique().sort("user")
@@ -152,10 +169,9 @@ def test_full_ranking_lists_equal_the_definition(small_dataset, method, mask, pa
     log = small_dataset.interactions.with_row_index("row")
     known = split.history_rows(part) if mask == "seen" else split.rows("train") if mask == "train" else []
     targets = log[split.rows(part, targets=True).tolist()]
-    assert (
-        ranking.protocol
-        == f"{split.protocol}/full/" + {"seen": "mask-seen", "train": "mask-train", "none": "no-mask"}[mask]
-    )
+    name = {"seen": "mask-seen", "train": "mask-train", "none": "no-mask"}[mask]
+    assert ranking.protocol == f"{split.protocol}/full/{name}" + ("/valid" if part == "valid" else "")
+    assert ranking.user_ids.equals(small_dataset.users["user"].gather(ranking.users))
     ids = small_dataset.items["item"]
     assert set(small_dataset.users["user"].gather(ranking.users)) == set(targets["user"])
     for place, user in enumerate(small_dataset.users["user"].gather(ranking.users)):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recllm.data.importing import import_dataset
-from recllm.data.readers import MovieLens, Sequences
+from recllm.data.readers import ItemSequences, MovieLens
 from recllm.errors import DataError
 from tests.data.imports import PAIR, put, refused, take
 
@@ -155,7 +155,7 @@ def test_hostile_ids_in_other_formats(tmp_path: Path) -> None:
     path = put(
         tmp_path / "seq.txt", "u/../1 ../../x a/b <|im_end|>\n2 \udcff\n".encode("utf-8", "surrogateescape")
     )
-    dataset, findings = import_dataset(Sequences(path, tmp_path / "out"))
+    dataset, findings = import_dataset(ItemSequences(path, tmp_path / "out"))
     assert dataset.interactions["item"].to_list() == ["../../x", "a/b", "<|im_end|>"]
     assert "seq.txt, line 2: an id with bytes" in str(findings.examples)
     put(tmp_path / "ml" / "ratings.csv", "userId,movieId,rating,timestamp\n1,../../x,4.0,964982703\n")

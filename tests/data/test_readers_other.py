@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recllm.data.importing import import_dataset
-from recllm.data.readers import MicroLens, PreSplit, RecBole, Sequences, Yelp
+from recllm.data.readers import ItemSequences, MicroLens, PreSplit, RecBole, Yelp
 from recllm.errors import DataError
 
 
@@ -276,7 +276,7 @@ def test_sequences_with_items_beside(tmp_path: Path) -> None:
     folder = tmp_path / "beauty"
     put(folder / "sequences.txt", "1 10 20 30\n2 20\t10\r\n\n3\n4 10 10\n")
     put(folder / "items.csv", 'item,asin,title\n10,B1,"Nail, red"\n20,B2,Mask\n30,B3,\n')
-    dataset, findings = import_dataset(Sequences(folder, tmp_path / "out"))
+    dataset, findings = import_dataset(ItemSequences(folder, tmp_path / "out"))
     assert dataset.interactions.select("user", "item").rows() == [
         ("1", "10"),
         ("1", "20"),
@@ -291,19 +291,19 @@ def test_sequences_with_items_beside(tmp_path: Path) -> None:
     assert findings.examples["malformed lines in sequences.txt"] == [
         "sequences.txt, line 4: a user without items: '3'"
     ]
-    kept, _ = import_dataset(Sequences(folder / "sequences.txt", tmp_path / "kept", duplicates="keep"))
+    kept, _ = import_dataset(ItemSequences(folder / "sequences.txt", tmp_path / "kept", duplicates="keep"))
     assert len(kept.interactions) == 7
     with pytest.raises(DataError, match="line 4: a user without items"):
-        import_dataset(Sequences(folder, tmp_path / "strict", strict=True))
+        import_dataset(ItemSequences(folder, tmp_path / "strict", strict=True))
 
 
 def test_sequences_compressed_in_parts_and_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recllm.data.raw.sequences.BATCH_IDS", 3)
+    monkeypatch.setattr("recllm.data.raw.sequence_lines.BATCH_IDS", 3)
     path = put(tmp_path / "some" / "log.txt.gz", "".join(f"u{n} a b c{n}\n" for n in range(10)))
-    dataset, _ = import_dataset(Sequences(path, tmp_path / "out"))
+    dataset, _ = import_dataset(ItemSequences(path, tmp_path / "out"))
     assert dataset.interactions["item"].to_list()[-3:] == ["a", "b", "c9"] and len(dataset.interactions) == 30
     with pytest.raises(DataError, match=r"no text file of item sequences.*holds: log\.txt\.gz"):
-        import_dataset(Sequences(path.parent, tmp_path / "no"))
+        import_dataset(ItemSequences(path.parent, tmp_path / "no"))
 
 
 PARTS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from recllm.data.importing import import_dataset
-from recllm.data.readers import Amazon, MovieLens, PreSplit, Sequences, Table
+from recllm.data.readers import Amazon, ItemSequences, MovieLens, PreSplit, Table
 
 pytestmark = pytest.mark.data
 
@@ -79,7 +79,7 @@ def test_amazon(
 
 def test_beauty_sequences(shared_data: Callable[[str], Path], tmp_path: Path) -> None:
     folder = shared_data("amazon-beauty-sequences")
-    dataset, findings = import_dataset(Sequences(folder, tmp_path / "out", strict=True))
+    dataset, findings = import_dataset(ItemSequences(folder, tmp_path / "out", strict=True))
     assert counts(dataset.manifest, *SIZES) == (22363, 12101, 198502)
     assert counts(dataset.manifest, "items_with_title", "timestamps") == (12094, 0)
     assert not findings.left_out

@@ -70,6 +70,13 @@ def test_arrays_are_mapped_not_loaded(small_dataset):
     assert isinstance(open_sequences(split, "train").items, np.memmap)
 
 
+def test_a_dataset_that_cannot_be_written_to_has_its_sequences_elsewhere(small_dataset, tmp_path):
+    split = make_split(small_dataset, SplitOptions(small_dataset.folder, "loo"))
+    elsewhere = open_sequences(split, "train", cache=tmp_path / "cache").items.tolist()
+    assert not (split.folder / "sequences").exists()
+    assert elsewhere == open_sequences(split, "train").items.tolist()
+
+
 def test_a_changed_split_and_a_truncated_file_are_rebuilt(small_dataset):
     options = SplitOptions(small_dataset.folder, "random", name="mine", overwrite=True)
     first = open_sequences(make_split(small_dataset, options), "train").items.copy()

@@ -151,7 +151,7 @@ def test_random_samples_have_the_shares(small_dataset):
     made = split(small_dataset, "random")
     assert [len(made.rows(part)) for part in PARTS] == [720, 90, 90]
     made = split(small_dataset, "random", ratios=(6, 2, 2))
-    assert made.protocol == "random-6:2:2-seed42" and len(made.rows("test")) == 180
+    assert made.protocol == "random-3:1:1-seed42" and len(made.rows("test")) == 180
 
 
 def test_by_user_holds_out_users_with_their_last_interaction_as_target(small_dataset):
@@ -186,7 +186,7 @@ def test_drop_cold_leaves_targets_that_training_knows(tmp_path):
     log = pl.DataFrame({"user": list("aabbaabc"), "item": list("12121329"), "timestamp": range(8)})
     dataset = write_log(tmp_path / "d", log)
     warm = split(dataset, "temporal", ratios=(4, 2, 2), drop_cold=True)
-    assert warm.protocol == "temporal-4:2:2-warm" and warm.manifest["facts"]["cold_targets_left_out"] >= 1
+    assert warm.protocol == "temporal-2:1:1-warm" and warm.manifest["facts"]["cold_targets_left_out"] >= 1
     known = warm.scan("train").collect()
     held_out = pl.concat([warm.scan("valid").collect(), warm.scan("test").collect()])
     assert (
@@ -220,7 +220,41 @@ def test_the_manifest_states_protocol_seed_and_origin(small_dataset):
     assert Split.open(made.folder).split_hash == made.split_hash
 
 
-@pytest.mark.parametrize("ratios", [(0, 1, 1), (8, -1, 1), (1, 0, 0)])
+def test_equal_shares_have_one_name(small_dataset):
+    assert split(small_dataset, "random", ratios=(0.8, 0.1, 0.1)).protocol == "random-8:1:1-seed42"
+
+
+def test_methods_that_need_an_order_say_what_stands_for_it(tmp_path):
+    dataset = make_dataset(tmp_path / "d", timed=False)
+    for method, options in (("loo", {}), ("users", {}), ("ratio", {"order": "time"})):
+        assert (
+            "input order stands for time order" in split(dataset, method, **options).manifest["warnings"][0]
+        )
+
+
+def test_too_little_data_says_why(tmp_path):
+    log = pl.DataFrame({"user": list("aabb"), "item": list("1212")})
+    with pytest.raises(
+        DataError, match=r"valid part of loo has no targets \(2 users, .*users without targets: 2"
+    ):
+        split(write_log(tmp_path / "d", log), "loo")
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", ".hidden", ""])
+def test_a_split_stays_in_its_folder(small_dataset, name):
+    if name:
+        with pytest.raises(DataError, match="expected a plain folder name"):
+            split(small_dataset, "loo", name=name)
+    else:
+        assert split(small_dataset, "loo", name=name).folder.name == "loo"
+
+
+def test_a_negative_seed_is_refused(small_dataset):
+    with pytest.raises(DataError, match="--seed -1"):
+        split(small_dataset, "random", seed=-1)
+
+
+@pytest.mark.parametrize("ratios", [(0, 1, 1), (8, -1, 1), (1, 0, 0), (float("nan"), 1, 1)])
 def test_impossible_ratios_are_refused(small_dataset, ratios):
     with pytest.raises(DataError):
         split(small_dataset, "random", ratios=ratios)

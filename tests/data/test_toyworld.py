@@ -219,7 +219,7 @@ def test_without_drift_order_is_worth_nothing() -> None:
 
 
 def test_oracle_probabilities_are_true() -> None:
-    """Over the whole untouched catalogue they sum to 1, and to as much at the targets as chance expects."""
+    """Over the whole untouched catalog they sum to 1, and to as much at the targets as chance expects."""
     world = generate(users=400, items=60, seed=0, phases=2)
     key = read_key(world)
     ids = world.items["item"].to_numpy()
@@ -235,7 +235,7 @@ def test_oracle_probabilities_are_true() -> None:
         assert np.allclose(sums, 1)
         expected = scored.select((pl.col("score") ** 2).sum()).item()
         got = scored.filter(pl.col("item") == pl.col("target"))["score"].sum()
-        if observer != "sightless":  # which is true on average over catalogues, not in each
+        if observer != "sightless":  # which is true on average over catalogs, not in each
             assert abs(got - expected) < 0.12 * expected, observer
 
 

@@ -1,10 +1,12 @@
 """The scripts as users run them, the files that they write, and the Hugging Face metric, offline."""
 
 import csv
+import gzip
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,14 @@ import pytest
 
 from recllm.errors import DataError
 from recllm.evaluation import Candidates, RankRecords, read_systems, tables
-from recllm.evaluation.commands import comparison_table, report_table
+from recllm.evaluation.commands import (
+    CompareRunsConfig,
+    RankReportConfig,
+    compare_runs,
+    comparison_table,
+    rank_report,
+    report_table,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = r"50%_\input{x} & $y^2$ [a] =1+1, <b>" + '"~#\n\x1b[31m'
@@ -70,7 +79,10 @@ def test_rank_report_then_compare_runs(files):
         rows = list(csv.DictReader(file))
     assert [row["system"] for row in rows[:3]] == ["coarse", "good", "poor"]
     assert float(rows[0]["low"]) <= float(rows[0]["value"]) <= float(rows[0]["high"])
-    assert (files / "out/metrics.tex").read_text().count(r"\textbf") == len(rows) // 3
+    assert {row["protocol"] for row in rows} == {"loo/1+5-uniform-seed1"}
+    tex = (files / "out/metrics.tex").read_text()
+    assert tex.count(r"\textbf") == len(rows) // 3
+    assert "\\toprule\n\\multicolumn{4}{l}{Protocol loo/1+5-uniform-seed1} \\\\\n\\midrule\n" in tex
 
     done = run(
         *(ROOT / "eval/compare_runs.py", "ranks/good.parquet", "ranks/poor.parquet", "ranks/coarse.parquet"),
@@ -79,6 +91,7 @@ def test_rank_report_then_compare_runs(files):
     )
     assert done.returncode == 0, done.stderr
     comparison = json.loads((files / "out/comparison.json").read_text())["figures"]
+    assert {row["protocol"] for row in comparison} == {"loo/1+5-uniform-seed1"}
     assert [(row["metric"], row["b"]) for row in comparison] == [
         *(("ndcg@3", "poor"), ("auc", "poor"), ("ndcg@3", "coarse"), ("auc", "coarse"))
     ]
@@ -92,6 +105,11 @@ def test_mistakes_are_one_message_without_a_traceback(files):
         (["scores/good.parquet"], "--candidates"),
         (["scores/no.parquet"], "no such file"),
         (["test.parquet"], "neither scores"),
+        (["--candidates", "test.parquet", "--metrics", "mrr", "scores/good.parquet"], "put the files first"),
+        (["--metrics", "mrr"], "no score or rank files were given; put them first"),
+        (["scores/good.parquet", "--candidates", "test.parquet", "--ks", "0"], "cutoff 0: cutoffs (--ks)"),
+        (["scores/good.parquet", "--seed", "-1"], "seed is -1"),
+        (["scores/good.parquet", "--resamples", "0"], "resamples is 0"),
         (["scores/good.parquet", "--candidates", "scores/good.parquet"], "no column 'label'"),
         (["scores/good.parquet", "--candidates", "test.parquet", "--metrics", "ndgc@3"], "'ndcg'"),
     ]:
@@ -108,6 +126,13 @@ def test_two_protocols_do_not_share_a_table(files):
         ).save(files / f"{name}.parquet")
     with pytest.raises(DataError, match=r"a\.parquet was .*'loo/full'.*b\.parquet under 'loo/1\+20'"):
         read_systems((files / "a.parquet", files / "b.parquet"))
+    for name in ("test", "valid"):
+        protocol = "loo/1+5-uniform-seed1/valid" if name == "valid" else "loo/1+5-uniform-seed1"
+        replace(good, protocol=protocol, candidates="").save(files / f"ranks-{name}.parquet")
+    pair = files / "ranks-test.parquet", files / "ranks-valid.parquet"
+    for command, options in ((rank_report, RankReportConfig), (compare_runs, CompareRunsConfig)):
+        with pytest.raises(DataError, match=r"'loo/1\+5-uniform-seed1' .*'loo/1\+5-uniform-seed1/valid'"):
+            command(options(pair))
     scores = pl.read_parquet(files / "scores/good.parquet")
     scores.write_parquet(files / "other.parquet", metadata={"recllm.protocol": "loo/full"})
     with pytest.raises(DataError, match=r"other\.parquet was scored under 'loo/full'"):
@@ -115,6 +140,105 @@ def test_two_protocols_do_not_share_a_table(files):
     candidates.frame.write_parquet(files / "anonymous.parquet")
     anonymous = Candidates.read(files / "anonymous.parquet").protocol
     assert anonymous.startswith("candidates-") and len(anonymous) == len("candidates-") + 12
+
+
+def test_two_candidate_sets_of_one_protocol_do_not_share_a_table(files):
+    """As when the same commands draw from another catalog."""
+    candidates = Candidates.read(files / "test.parquet")
+    metadata = {"recllm.protocol": candidates.protocol}
+    other_items = pl.when(pl.col("item") == "n1").then(pl.lit("n9")).otherwise(pl.col("item"))
+    candidates.frame.with_columns(other_items.alias("item")).write_parquet(
+        files / "other.parquet", metadata=metadata
+    )
+    scores = pl.read_parquet(files / "scores/good.parquet")
+    scores.with_columns(other_items.alias("item")).write_parquet(files / "scores/other.parquet")
+    other = Candidates.read(files / "other.parquet")
+    ours = read_systems((files / "scores/good.parquet", files / "scores/poor.parquet"), candidates)
+    theirs = read_systems((files / "scores/other.parquet",), other)
+    assert ours[0].records.candidates == candidates.fingerprint != other.fingerprint
+    differ = "measured under 'loo/1\\+5-uniform-seed1', but their candidates differ"
+    unknown = [replace(ours[1], records=replace(ours[1].records, candidates=""))]
+    for table in (report_table, comparison_table):
+        table(unknown + ours[:1], (1,), resamples=50)
+        for systems in (ours + theirs, unknown + ours[:1] + theirs):
+            with pytest.raises(DataError, match=f"good and other were both {differ}"):
+                table(systems, (1,), resamples=50)
+    for name, system in (("a", ours[0]), ("b", theirs[0]), ("unknown", unknown[0])):
+        system.records.save(files / f"{name}.parquet")
+    with pytest.raises(DataError, match=rf"a\.parquet and .*b\.parquet were both {differ}"):
+        read_systems(tuple(files / f"{name}.parquet" for name in ("unknown", "a", "b")))
+    # rank records beside --candidates
+    read_systems((files / "a.parquet", files / "unknown.parquet", files / "scores/poor.parquet"), candidates)
+    with pytest.raises(DataError, match=r"b\.parquet and .*test\.parquet have the same .* candidates differ"):
+        read_systems((files / "b.parquet",), candidates)
+    replace(ours[0].records, protocol="loo/full").save(files / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet was measured under 'loo/full', but .*test\.parquet is"):
+        read_systems((files / "a.parquet",), candidates)
+    # the same lists in another order, in another kind of file
+    candidates.frame.reverse().write_csv(files / "test.csv")
+    assert Candidates.read(files / "test.csv").fingerprint == candidates.fingerprint
+
+
+def test_no_rank_records_are_lost_to_another_file(files):
+    names = "scores/good.parquet", "scores/poor.parquet", "poor.csv.gz"
+    good, poor, packed = (files / name for name in names)
+    packed.write_bytes(gzip.compress(pl.read_parquet(poor).write_csv().encode()))
+    options = {"candidates": files / "test.parquet", "resamples": 50, "metrics": ("mrr",)}
+    for paths, folder, message in [
+        (
+            (good, poor, packed),
+            "ranks",
+            r"poor\.parquet and .*poor\.csv\.gz would both go to .*poor",
+        ),
+        ((good, poor), "scores", r"scores/good\.parquet is one of the files to measure"),
+    ]:
+        before = sorted(files.rglob("*"))
+        with pytest.raises(DataError, match=message):
+            rank_report(RankReportConfig(paths, save_ranks=files / folder, out=files / "out", **options))
+        assert sorted(files.rglob("*")) == before
+    table = rank_report(RankReportConfig((good, packed), save_ranks=files / "ranks", **options))
+    assert table.columns[1:] == ["good", "poor"]
+    records = RankRecords.load(files / "ranks/poor.parquet")
+    assert (
+        records.above.tolist()
+        == read_systems((poor,), Candidates.read(options["candidates"]))[0].records.above.tolist()
+    )
+
+
+def test_names_of_files_are_not_patterns_and_unreadable_ones_say_what_is(files):
+    for kind in ("csv", "parquet"):
+        good = pl.read_parquet(files / "scores/good.parquet")
+        for name, frame in ((f"run[1].{kind}", good), (f"run1.{kind}", good[:1])):
+            frame.write_csv(files / name) if kind == "csv" else frame.write_parquet(files / name)
+        system = read_systems((files / f"run[1].{kind}",), Candidates.read(files / "test.parquet"))[0]
+        assert len(system.records) == 40
+    for name in ("mine.tsv", "mine.csv.gz"):
+        (files / name).write_bytes(b"\x1f\x8bno")
+        with pytest.raises(DataError, match=rf"{name}: not readable .*\.csv or \.csv\.gz"):
+            read_systems((files / name,), None)
+
+
+def test_hypotheses_that_are_one_are_tested_once(files):
+    scores = files / "scores"
+    systems = read_systems(
+        (scores / "good.parquet", scores / "poor.parquet"), Candidates.read(files / "test.parquet")
+    )
+    for table in (report_table, comparison_table):
+        shown = table(systems, (1, 3), resamples=50)
+        told = list(dict.fromkeys(record["metric"] for record in shown.records))
+        assert told == ["hr@1", "hr@3", "ndcg@3", "mrr", "auc"]
+        assert any("recall@k = hr@k" in note for note in shown.notes)
+        named = table(systems, names=("recall@3", "map"), resamples=50)
+        assert {record["metric"] for record in named.records} == {"recall@3", "map"}
+        assert not any("recall@k = hr@k" in note for note in named.notes)
+    chosen = "The best system is chosen by the data that it is then tested on"
+    assert any(chosen in note for note in report_table(systems, resamples=50).notes)
+    assert not any(chosen in note for note in report_table(systems[:1], resamples=50).notes)
+    several = pl.read_parquet(files / "test.parquet").drop("target")
+    several = several.with_columns(label=((pl.col("label") == 1) | (pl.col("item") == "n1")).cast(pl.Int8))
+    several.write_parquet(files / "several.parquet")
+    systems = read_systems((scores / "coarse.csv",), Candidates.read(files / "several.parquet"))
+    assert len(report_table(systems, (1, 3), resamples=50).records) == 2 * 6 + 3
 
 
 def test_equal_names_are_told_apart_and_ignored_rows_reported(files):

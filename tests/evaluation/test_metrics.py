@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recllm.errors import DataError
-from recllm.evaluation import RankRecords, compute_metrics, pooled_auc, rank_candidates, rank_score_matrix
+from recllm.evaluation import (
+    RankRecords,
+    compute_metrics,
+    pooled_auc,
+    rank_candidates,
+    rank_score_matrix,
+)
+from recllm.evaluation import metrics as module
+from recllm.evaluation.metrics import distinct_metric_names
 
 KS = (1, 2, 3, 5, 9)
 
@@ -193,10 +201,56 @@ def test_lists_of_one_user_are_averaged_before_users():
     assert metrics.mean() == {"mrr": 0.5}
 
 
-@pytest.mark.parametrize("name", ["ndgc@10", "ndcg@", "ndcg@0", "auc@5", "precision", "ndcg@-1", "ndcg@1.5"])
-def test_unknown_metrics_are_refused(name):
-    with pytest.raises(DataError, match=r"no metric|needs a cutoff"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ndgc@10", "no metric 'ndgc@10'; the nearest is 'ndcg'"),
+        *((f"ndcg@{cutoff}", "a cutoff must be a whole number of at least 1") for cutoff in ("", 0, -1, 1.5)),
+        ("auc@5", "takes no cutoff"),
+        *((name, f"'{name}' needs a cutoff, as in '{name}@10'") for name in ("hr", "recall", "precision")),
+    ],
+)
+def test_unknown_metrics_are_refused(name, message):
+    with pytest.raises(DataError, match=message):
         compute_metrics(rank_score_matrix(np.eye(2), np.array([0, 1])), names=[name])
+
+
+@pytest.mark.parametrize("k", [0, -5, 2.5])
+def test_cutoffs_are_refused_as_cutoffs(k):
+    with pytest.raises(DataError, match=rf"cutoff {k}: cutoffs \(--ks\) must be whole numbers"):
+        compute_metrics(rank_score_matrix(np.eye(2), np.array([0, 1])), (10, k))
+
+
+def test_lists_that_repeat_are_measured_once_with_the_same_result(monkeypatch):
+    rng = np.random.default_rng(0)
+    n = rng.integers(5, 8, 3000)
+    above = rng.integers(0, n - 2)
+    tied = rng.integers(1, n - above)
+    ids = pl.Series(range(3000))
+    records = RankRecords(ids, ids, above, tied, n, "user")
+    measured, lengths = module._auc, []
+    monkeypatch.setattr(module, "_auc", lambda x, k: lengths.append(len(x.n)) or measured(x, k))
+    once = compute_metrics(records, (1, 3))
+    triples = set(zip(above.tolist(), tied.tolist(), n.tolist(), strict=True))
+    assert lengths == [len(triples)] and len(triples) < 50
+    monkeypatch.setattr(module, "_distinct", lambda *columns: (*columns, None))
+    each = compute_metrics(records, (1, 3))
+    assert lengths[1] == 3000 and once.lists.keys() == each.lists.keys()
+    for name, values in each.lists.items():
+        np.testing.assert_array_equal(once.lists[name], values, err_msg=name)
+    assert once.tie_rate == each.tie_rate == np.mean(tied > 1)
+
+
+def test_metrics_that_are_one_for_lists_of_one_positive_are_named_once():
+    one = rank_score_matrix(np.random.default_rng(0).normal(size=(9, 6)), np.arange(9) % 6)
+    names = distinct_metric_names(one, (1, 5))
+    assert names == ["hr@1", "hr@5", "ndcg@5", "mrr", "auc"]
+    values = compute_metrics(one, (1, 5)).mean()
+    for same, other in [("recall@5", "hr@5"), ("ndcg@1", "hr@1"), ("map", "mrr"), ("map@5", "mrr@5")]:
+        assert values[same] == values[other]
+    assert values["precision@5"] == pytest.approx(values["hr@5"] / 5)
+    several = rank_score_matrix(np.eye(2), np.ones((2, 2)))
+    assert distinct_metric_names(several, (1, 5)) == list(compute_metrics(several, (1, 5)).lists)
 
 
 def test_pooled_auc_needs_both_classes():

@@ -1,4 +1,4 @@
-"""Rank records from score files, matrices and whole catalogues; what they refuse."""
+"""Rank records from score files, matrices and whole catalogs; what they refuse."""
 
 from dataclasses import replace
 
@@ -9,8 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recllm.data import candidates as data_candidates
+from recllm.data.splits import SplitOptions, make_split
 from recllm.errors import DataError
-from recllm.evaluation import RankRecords, full_ranking, rank_candidates, rank_full, rank_score_matrix, top_k
+from recllm.evaluation import (
+    RankRecords,
+    full_ranking,
+    rank_candidates,
+    rank_catalog,
+    rank_full,
+    rank_score_matrix,
+    top_k,
+)
 
 
 def frame(records: RankRecords) -> pl.DataFrame:
@@ -70,6 +80,27 @@ def test_full_ranking_equals_candidate_lists_in_every_form_block_and_thread(worl
     for name, form in forms.items():
         found = rank_full(form, csr(positives), n_items, seen=csr(seen), block=block, threads=threads)
         assert frame(found).equals(wanted), name
+
+
+def test_a_catalog_ranking_keeps_ids_protocol_and_fingerprint(small_dataset):
+    split = make_split(small_dataset, SplitOptions(small_dataset.folder, "loo"))
+    n_items = len(small_dataset.items)
+    lists = data_candidates.full_ranking(split, "test")
+    scores = np.random.default_rng(0).integers(0, 9, (len(small_dataset.users), n_items)).astype(float)
+    records = rank_catalog(lists, scores[lists.users], system="mine", block=7, threads=2)
+    assert (records.system, records.protocol, records.lists) == ("mine", lists.protocol, "user")
+    assert records.candidates == lists.candidates != ""
+    targets = small_dataset.interactions[split.rows("test", targets=True)].select("user", "item")
+    assert frame(records).select("user", "item").equals(targets.sort("user", "item"))
+    user = small_dataset.users["user"].to_list().index(records.user[3])
+    item = small_dataset.items["item"].to_list().index(records.item[3])
+    masked = lists.masked[lists.masked_offsets[3] : lists.masked_offsets[4]]
+    left = np.delete(scores[user], masked)
+    assert (records.above[3], records.n[3]) == ((left > scores[user, item]).sum(), len(left))
+    embedded = rank_catalog(lists, (scores[lists.users], np.eye(n_items)), system="mine")
+    assert frame(embedded).equals(frame(records))
+    valid = rank_catalog(data_candidates.full_ranking(split, "valid"), scores[lists.users], system="v")
+    assert valid.protocol != records.protocol and valid.candidates != records.candidates
 
 
 @settings(max_examples=50, deadline=None)
@@ -226,11 +257,16 @@ def test_shapes_that_do_not_fit_are_refused():
 
 
 def test_records_survive_the_disk(tmp_path):
-    records = rank_candidates(CANDIDATES, SCORES, protocol="loo/full", system="päpstlich & <b>")
+    names = {"protocol": "loo/full", "system": "päpstlich & <b>", "fingerprint": "cafe"}
+    records = rank_candidates(CANDIDATES, SCORES, **names)
     records.save(tmp_path / "r.parquet")
     again = RankRecords.load(tmp_path / "r.parquet")
     assert frame(again).equals(frame(records))
     assert (again.lists, again.protocol, again.system) == ("user", "loo/full", "päpstlich & <b>")
+    metadata = pl.read_parquet_metadata(tmp_path / "r.parquet")
+    assert again.candidates == metadata.pop("recllm.candidates") == "cafe"
+    frame(again).write_parquet(tmp_path / "old.parquet", metadata=metadata)
+    assert RankRecords.load(tmp_path / "old.parquet").candidates == ""
     with pytest.raises(DataError, match=r"no\.parquet: no such file"):
         RankRecords.load(tmp_path / "no.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "r.parquet").read_bytes()[:100])

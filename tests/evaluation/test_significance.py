@@ -1,6 +1,7 @@
 """The tests and intervals against scipy, enumeration and hand calculation."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -109,8 +110,23 @@ def test_the_order_of_records_does_not_matter():
         (ranked([0, 1, 2, 3, 4], "b"), "a lacks 1 of 5 records of b, the first is user 'u4'"),
         (ranked([0, 1, 2, 3], "b", n=101), "of 21 candidates"),
         (ranked([0, 1, 2, 3], "b", protocol="q"), "'p'.*'q'"),
+        (
+            replace(ranked([0, 1, 2, 3], "b"), candidates="beef"),
+            "a and b were both measured under 'p', but their candidates differ .*cafe and beef",
+        ),
     ],
 )
 def test_systems_that_did_not_rank_the_same_are_refused(b, message):
+    a = replace(ranked([0, 1, 2, 3]), candidates="cafe")
     with pytest.raises(DataError, match=message):
-        compare(ranked([0, 1, 2, 3]), b)
+        compare(a, b)
+    compare(a, ranked([0, 1, 2, 3], "b"))  # whose candidates are not known
+
+
+def test_what_cannot_be_drawn_is_refused():
+    few = np.ones((3, 1))  # so few that every flip is tried and none drawn
+    for draw in (bootstrap_means, sign_flip_test):
+        with pytest.raises(DataError, match="seed is -1; expected 0 or more"):
+            draw(few, seed=-1)
+        with pytest.raises(DataError, match="resamples is 0; expected at least 1"):
+            draw(few, resamples=0)

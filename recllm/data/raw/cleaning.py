@@ -22,6 +22,15 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # Seconds stay below 1e11 until the year 5138, milliseconds since 1973 lie above it, and so on by 1,000.
 _UNIT_BOUNDS = {"s": (0, 10**11), "ms": (10**11, 10**14), "us": (10**14, 10**17), "ns": (10**17, 2**63)}
 _SAMPLE = 1000
+_YEAR_1990 = 631_152_000
+_DATE_FORMATS = (
+    "%Y-%m-%d %H:%M:%S%.f%#z",
+    "%Y-%m-%d %H:%M%#z",
+    "%Y-%m-%d %H:%M:%S%.f",
+    "%Y-%m-%d %H:%M",
+    "%Y-%m-%d",
+    "%m %d, %Y",
+)
 
 
 def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings: Findings) -> pl.Series:
@@ -187,7 +196,7 @@ def _seconds(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -
         column = column.str.strip_chars()
         sample = frame.select(column).filter(pl.col("timestamp") != "").head(_SAMPLE).collect()["timestamp"]
         if sample.cast(pl.Float64, strict=False).null_count() == len(sample) > 0:
-            return _dates(sample, source).alias("timestamp")
+            return _dates(sample, source, thoroughly=LINE in frame.collect_schema()).alias("timestamp")
     whole = column.cast(pl.Int64, strict=False)
     if dtype == pl.String or dtype.is_float():
         # Text such as "1.5e9" or "964982703.25"; far slower than a cast to integers, so only where that
@@ -195,49 +204,58 @@ def _seconds(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -
         broken = column.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False)
         whole = pl.when(whole.is_not_null()).then(whole).otherwise(broken)
     if unit == "auto":
-        unit = _detect_unit(frame.select(whole.alias("timestamp")), source)
-        if unit != "s":
-            findings.note(
-                f"timestamps in {source.name} are in {unit}; they were divided by {PER_SECOND[unit]:,}"
-            )
+        unit = _detect_unit(frame.select(whole.alias("timestamp")), source, findings)
     return (whole if unit == "s" else whole.floordiv(PER_SECOND[unit])).alias("timestamp")
 
 
-def _detect_unit(frame: pl.LazyFrame, source: Path) -> str:
+def _detect_unit(frame: pl.LazyFrame, source: Path, findings: Findings) -> str:
     size = pl.col("timestamp").abs()
     ranges = {unit: ((size >= low) & (size < high)).sum() for unit, (low, high) in _UNIT_BOUNDS.items()}
+    times = frame.filter(pl.col("timestamp") != 0)
     counts = (
-        frame.filter(pl.col("timestamp") != 0).select(**ranges).collect(engine="streaming").row(0, named=True)
+        times.select(latest=pl.col("timestamp").max(), **ranges)
+        .collect(engine="streaming")
+        .row(0, named=True)
     )
+    latest = counts.pop("latest")
     found = [unit for unit, count in counts.items() if count]
     if len(found) > 1:
         told = ", ".join(f"{counts[unit]:,} look like {unit}" for unit in found)
         raise DataError(
             f"{source}: timestamps in several units ({told}); mend the file, or say --timestamp-unit"
         )
-    return found[0] if found else "s"
+    unit = found[0] if found else "s"
+    if unit != "s":
+        findings.note(f"timestamps in {source.name} are in {unit}; they were divided by {PER_SECOND[unit]:,}")
+    elif latest is not None and latest < _YEAR_1990:
+        findings.note(
+            f"timestamps in {source.name} end at {latest:,}, which in seconds lies before 1990; if they are "
+            "dates or days, write them as YYYY-MM-DD (only their order is used as long as they are numbers)"
+        )
+    return unit
 
 
-def _dates(sample: pl.Series, source: Path) -> pl.Expr:
-    """Dates as text: ISO 8601, with or without time and zone (UTC where none is given), or `MM DD, YYYY`."""
-    formats = (
-        "%Y-%m-%dT%H:%M:%S%.f%#z",
-        "%Y-%m-%d %H:%M:%S%.f%#z",
-        "%Y-%m-%dT%H:%M:%S%.f",
-        "%Y-%m-%d %H:%M:%S%.f",
-        "%Y-%m-%d",
-        "%m %d, %Y",
+def _dates(sample: pl.Series, source: Path, *, thoroughly: bool) -> pl.Expr:
+    """Dates as text: ISO 8601, with or without time and zone (UTC where none is given), or `MM DD, YYYY`.
+
+    Args:
+        sample: Texts of the column. Formats that read none of them are not tried, unless `thoroughly`.
+        source: The file, for messages.
+        thoroughly: Try every format on every row.
+    """
+    text = (
+        pl.col("timestamp")
+        .str.strip_chars()
+        .str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
+        .str.replace(r"\s*(Z|UTC)$", "+00:00")
     )
-    for form in formats:
+    readings = []
+    for form in _DATE_FORMATS:
         zoned = form.endswith("z")
-        column = pl.col("timestamp").str.strip_chars()
-        if zoned:
-            column = column.str.replace("Z$", "+00:00")
-        dtype = pl.Datetime("us", "UTC") if zoned else pl.Datetime("us")
-        if "%H" not in form:
-            dtype = pl.Date()
-        expression = column.str.strptime(dtype, form, strict=False)
-        parsed = sample.to_frame("timestamp").select(expression)["timestamp"]
-        if parsed.null_count() < len(sample) / 2:
-            return expression.dt.epoch("s")
-    raise DataError(f"{source}: timestamps such as {sample[0]!r} are neither numbers nor ISO 8601 dates")
+        dtype = pl.Datetime("us", "UTC" if zoned else None) if "%H" in form else pl.Date()
+        reading = text.str.strptime(dtype, form, strict=False).dt.epoch("s")
+        if thoroughly or sample.to_frame("timestamp").select(reading.count()).item():
+            readings.append(reading)
+    if not sample.to_frame("timestamp").select(pl.coalesce(readings or [None]).count()).item():
+        raise DataError(f"{source}: timestamps such as {sample[0]!r} are neither numbers nor ISO 8601 dates")
+    return pl.coalesce(readings)

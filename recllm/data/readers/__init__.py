@@ -2,12 +2,12 @@
 
 from recllm.data.raw.findings import Findings
 from recllm.data.readers.amazon import Amazon
+from recllm.data.readers.item_sequences import ItemSequences
 from recllm.data.readers.microlens import MicroLens
 from recllm.data.readers.movielens import MovieLens
 from recllm.data.readers.options import ImportOptions
 from recllm.data.readers.presplit import PreSplit
 from recllm.data.readers.recbole import RecBole
-from recllm.data.readers.sequences import Sequences
 from recllm.data.readers.table import Table
 from recllm.data.readers.yelp import Yelp
 
@@ -18,7 +18,7 @@ READERS: dict[str, type[ImportOptions]] = {
     "microlens": MicroLens,
     "yelp": Yelp,
     "recbole": RecBole,
-    "sequences": Sequences,
+    "sequences": ItemSequences,
     "presplit": PreSplit,
 }
 
@@ -27,11 +27,11 @@ __all__ = [
     "Amazon",
     "Findings",
     "ImportOptions",
+    "ItemSequences",
     "MicroLens",
     "MovieLens",
     "PreSplit",
     "RecBole",
-    "Sequences",
     "Table",
     "Yelp",
 ]

@@ -11,7 +11,7 @@ from recllm.data.raw.delimited import read_delimited
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.joining import join_columns, join_images, mapped, with_clean_ids
 from recllm.data.raw.lines import open_bytes
-from recllm.data.raw.sequences import read_sequences
+from recllm.data.raw.sequence_lines import read_sequences
 from recllm.data.raw.tables import FILE, LINE, RawDataset, RawTable, find_file, require_columns
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from recllm.data.raw.cleaning import TimestampUnit
 from recllm.data.raw.findings import Findings
@@ -17,9 +17,9 @@ from recllm.data.raw.tables import RawDataset
 class ImportOptions:
     """Options common to all readers."""
 
-    source: Positional[Path]
+    source: Positional[Annotated[Path, arg(metavar="SOURCE")]]
     """The file or folder to import."""
-    out: Positional[Path]
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """The dataset folder to make."""
     strict: bool = False
     """Make the first malformed line or row an error instead of counting it and leaving it out."""

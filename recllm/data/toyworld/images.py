@@ -1,6 +1,6 @@
 """Pictures of the toy world: one shape in one color with one pattern, on a light ground.
 
-The three vocabularies are what a model can read off a picture and nowhere else in the catalogue. Everything
+The three vocabularies are what a model can read off a picture and nowhere else in the catalog. Everything
 that does not name the item (place, size, shade, stripe direction, ground) varies from picture to picture, so
 a model has to see, and cannot recall pixels.
 """

@@ -1,4 +1,4 @@
-"""The toy world: a seeded catalogue and users, in which it is known what sight, memory and reading are worth.
+"""The toy world: a seeded catalog and users, in which it is known what sight, memory and reading are worth.
 
 **Items** have a color, a pattern and a shape, balanced and independent of each other and of category and
 maker. Only the picture (and reviews) tell them; titles and descriptions tell category and maker, which
@@ -20,12 +20,12 @@ l with some spread.
 the counts by phase in the history are then exchangeable, so that who forgets the order cannot tell the last
 phase from the others by its length (in mid-history, for instance at a validation target, it can; the
 observers account for that). At least `shortest` history items show the present taste. There are so many
-phases because the gap between knowing the taste (share f of the catalogue fits) and knowing all tastes
+phases because the gap between knowing the taste (share f of the catalog fits) and knowing all tastes
 without their order (share phases * f fits) is about (phases - 1) * f / 2 in AUC: with few phases a model that
 forgets order would be nearly as good as one that does not. This design, and the default numbers (found by
 simulation), are ours.
 
-Everything follows from `seed` through `numpy.random.SeedSequence`; a user depends on the seed, the catalogue
+Everything follows from `seed` through `numpy.random.SeedSequence`; a user depends on the seed, the catalog
 and her number only, so a world with more users begins with the same users, and has the same items.
 """
 

@@ -8,14 +8,14 @@ from pathlib import Path
 from recllm.data.raw.anyfile import read_table
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.joining import join_images
-from recllm.data.raw.sequences import read_sequences
+from recllm.data.raw.sequence_lines import read_sequences
 from recllm.data.raw.tables import RawDataset, existing_file, find_file
 from recllm.data.readers.options import ImportOptions
 from recllm.data.readers.table import items_table
 
 
 @dataclass
-class Sequences(ImportOptions):
+class ItemSequences(ImportOptions):
     """Imports a text file with one user a line: `user item item item ...`, in time order and without times.
 
     SOURCE is the file, or a folder with `sequences.txt` (or a single other .txt file) and `items.csv`. The
