@@ -301,3 +301,10 @@ def test_numbers_that_are_hardly_seconds_are_remarked(tmp_path: Path) -> None:
 
 def test_a_log_without_times_says_what_stands_for_them(tmp_path: Path) -> None:
     assert "no time column" in take(put(tmp_path / "log.csv", "user,item\na,1\n"))[1].notes[0]
+
+
+def test_another_separator_and_no_rows_are_told(tmp_path: Path) -> None:
+    refused(
+        put(tmp_path / "semicolon.csv", "user;item\na;b\n"), r"found: user;item; if ';' stands .* --separator"
+    )
+    refused(put(tmp_path / "head.csv", "user,item\n"), r"head.csv has no rows that could be read$")

@@ -64,7 +64,8 @@ def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings:
         raw.frame, raw.with_lines = raw.with_lines(), None
         good, untimed = _write_typed(raw.frame, path, unit, findings, raw.path)
     if len(good) == 0:
-        raise DataError(f"{raw.path} has no rows that could be read. " + "; ".join(findings.lines()[:3]))
+        malformed = [line.strip() for line in findings.lines() if not line.startswith("note")]
+        raise DataError(": ".join([f"{raw.path} has no rows that could be read", *malformed[:3]]))
     if not clean:
         _report(raw, unit, findings, path)
     if not good.any():

@@ -101,7 +101,11 @@ def require_columns(path: Path, found: Iterable[str], needed: Iterable[str]) -> 
     found = list(found)
     missing = [name for name in needed if name not in found]
     if missing:
-        raise DataError(f"{path}: missing column {', '.join(map(repr, missing))}; found: {', '.join(found)}")
+        hint = ""
+        if len(found) == 1 and (other := next((mark for mark in ";\t|" if mark in found[0]), "")):
+            hint = f"; if {other!r} stands between the fields, say --separator"
+        named = ", ".join(map(repr, missing))
+        raise DataError(f"{path}: missing column {named}; found: {', '.join(found)}{hint}")
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:
