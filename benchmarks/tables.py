@@ -33,7 +33,7 @@ def main() -> None:
 
 def with_tables(readme: str) -> str:
     """Returns the README's text with every table made anew."""
-    tables = {"toyworld": toyworld(), "benchmarks": benchmarks(), "pipeline": pipeline()}
+    tables = {"toyworld": toyworld(), "benchmarks": benchmarks(), "pipeline": pipeline(), "growth": growth()}
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
         readme, found = pattern.subn(lambda match, table=table: match[1] + table + match[2], readme)
@@ -80,6 +80,17 @@ def benchmarks() -> str:
         memory = f"{ours['peak_mib']:.0f} / {theirs['peak_mib']:.0f} MiB"
         rows.append([what, against, f"{theirs['ratio']:.1f}", memory])
     return f"Machine: {metrics['machine']}.\n\n" + table(rows)
+
+
+def growth() -> str:
+    """Peak memory of full ranking as the users and the catalog grow."""
+    rows = [
+        ["full ranking, users x items", "peak memory above the embeddings", "a dense score matrix would be"]
+    ]
+    for line in results("full_ranking")["growth"]:
+        sizes = f"{line['users']:,} x {line['items']:,}"
+        rows.append([sizes, f"{line['peak_mib']:.0f} MiB", f"{line['dense_mib']:,.0f} MiB"])
+    return table(rows)
 
 
 def pipeline() -> str:
