@@ -80,6 +80,9 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 1 for what the user can mend, with 2 for unusable arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that lacks an id's letters must not end the run
+            stream.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview())
         return

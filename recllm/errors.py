@@ -7,3 +7,7 @@ class DataError(ValueError):
     The message names the file, row or id, says what was expected and what to do. The command line prints it
     without a traceback and exits with status 1.
     """
+
+
+class BusyError(DataError):
+    """Another process is writing the same folder."""

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recllm.errors import DataError
+from recllm.errors import BusyError, DataError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -166,7 +166,7 @@ def _lock_folder(staging: Path, out: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise DataError(
+            raise BusyError(
                 f"{out} is being written by another process; wait for it, or end it first."
             ) from None
         try:

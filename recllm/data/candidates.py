@@ -2,9 +2,12 @@
 catalog.
 
 `DATASET/splits/<split>/candidates/<name>/{valid,test}.parquet` has the columns `user, target, item, label`;
-one list is
-one (user, target): the target (label 1) and N negatives (label 0). The protocol stands in the file's
-metadata.
+one list is one (user, target): the target (label 1) and N negatives (label 0). The protocol stands in the
+file's metadata.
+
+Negatives are items that the user has touched in no part of the log, as is the custom of the field. Validation
+lists therefore know of a user's test items that they are no negatives; nothing else of the test part reaches
+them.
 """
 
 from __future__ import annotations

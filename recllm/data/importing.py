@@ -16,7 +16,7 @@ from recllm.data.filtering import write_rows
 from recllm.data.image_files import copy_image, is_inside, is_plain_file
 from recllm.data.raw.cleaning import read_side_table, write_interactions
 from recllm.data.raw.findings import SHOWN, Findings
-from recllm.data.raw.tables import RawDataset
+from recllm.data.raw.tables import RawDataset, images_by_item
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
 from recllm.files import staged_folder
@@ -36,6 +36,9 @@ def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
     Raises:
         DataError: The source cannot be read, has nothing in it, or (`strict`) has a malformed line.
     """
+    for path in (options.source, options.out):
+        if not str(path).isprintable() and "\udc80" <= max(str(path)) <= "\udcff":
+            raise DataError(f"{str(path)!r}: a name with bytes that are not UTF-8; rename it")
     findings = Findings(strict=options.strict)
     with staged_folder(options.out, overwrite=options.overwrite) as folder:
         workspace = folder / ".workspace"
@@ -106,6 +109,8 @@ def _join_items(raw: RawDataset, touched: pl.Series, findings: Findings) -> tupl
     if raw.items is None:
         return pl.DataFrame(schema={"item": pl.String}), touched
     items = read_side_table(raw.items, "item", findings)
+    if raw.only_touched:
+        items = items.filter(pl.col("item").is_in(touched.implode()))
     known = touched.is_in(items["item"].implode())
     if not known.any():
         listed = repr(items["item"][0]) if len(items) else "no id at all"
@@ -166,7 +171,12 @@ def _stage_images(
     raw: RawDataset, items: pl.DataFrame, folder: Path, options: ImportOptions, findings: Findings
 ) -> pl.DataFrame:
     """Copies the items' images to `images/`, under the paths they have in the source folder."""
-    if "images" not in items.columns or raw.image_folder is None:
+    if raw.image_folder is None:
+        return items
+    if raw.find_images:
+        found = images_by_item(raw.image_folder, items["item"], findings, pattern=raw.image_pattern)
+        items = items.drop("images", strict=False).join(found, on="item", how="left", maintain_order="left")
+    elif "images" not in items.columns:
         return items
     kept: dict[str, list[str]] = {}
     outside: list[str] = []

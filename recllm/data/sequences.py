@@ -6,6 +6,7 @@ Items are shifted by one, so that 0 is the padding: number `i + 1` is row `i` of
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from recllm.data.dataset import MANIFEST
 from recllm.data.ordering import group_by_user_in_time
 from recllm.data.splits import PARTS, Split
-from recllm.errors import DataError
+from recllm.errors import BusyError, DataError
 from recllm.files import read_json, staged_folder, write_json
 
 PADDING = 0
@@ -98,8 +99,11 @@ def open_sequences(split: Split, part: str, *, cache: Path | None = None) -> Seq
     if part not in PARTS:
         raise DataError(f"part {part!r}: expected one of {', '.join(PARTS)}")
     folder = (cache or split.folder / "sequences") / part
-    if not _is_current(folder, split):
-        _build(split, part, folder)
+    while not _is_current(folder, split):
+        try:
+            _build(split, part, folder)
+        except BusyError:  # another process, of several that were started together, is building them
+            time.sleep(0.1)
     return Sequences(folder)
 
 
@@ -108,7 +112,12 @@ def _is_current(folder: Path, split: Split) -> bool:
         return False
     manifest = read_json(folder / MANIFEST, "sequences")
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.npy")}
-    return manifest["split_hash"] == split.split_hash and manifest["bytes"] == sizes
+    return manifest["made_from"] == _origin(split) and manifest["bytes"] == sizes
+
+
+def _origin(split: Split) -> list[str]:
+    """What the arrays depend on: the dataset for the item numbers, the split for the rows."""
+    return [split.dataset.data_hash, split.split_hash]
 
 
 def _build(split: Split, part: str, folder: Path) -> None:
@@ -134,7 +143,7 @@ def _build(split: Split, part: str, folder: Path) -> None:
         for name, array in arrays.items():
             np.save(staging / f"{name}.npy", array, allow_pickle=False)
         sizes = {path.name: path.stat().st_size for path in staging.glob("*.npy")}
-        write_json(staging / MANIFEST, {"split_hash": split.split_hash, "part": part, "bytes": sizes})
+        write_json(staging / MANIFEST, {"made_from": _origin(split), "part": part, "bytes": sizes})
 
 
 def _in_sequence(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 import numpy as np
 import polars as pl
@@ -26,6 +28,9 @@ class Assignment:
         target: Whether it is to be predicted; shape [interactions]. Training rows all are.
         facts: Counts for the manifest.
         warnings: What a reader of results on this split should know.
+        in_time: Targets come after their user's history in time, so that training data of other users from
+            after the targets is worth a warning.
+        dropped: Targets left out of evaluation (cold ones); shape [interactions]. None where there are none.
     """
 
     protocol: str
@@ -33,6 +38,13 @@ class Assignment:
     target: np.ndarray
     facts: dict[str, int | float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    in_time: bool = False
+    dropped: np.ndarray | None = None
+
+    def targets_of(self, part: int) -> np.ndarray:
+        """True for each target of a part; shape [interactions]."""
+        targets = (self.part == part) & self.target
+        return targets if self.dropped is None else targets & ~self.dropped
 
 
 def leave_one_out(dataset: Dataset) -> Assignment:
@@ -50,10 +62,7 @@ def leave_one_out(dataset: Dataset) -> Assignment:
     part = np.zeros(len(order), dtype=np.int8)
     part[second[eligible]] = VALID
     part[last[eligible]] = TEST
-    assignment = Assignment("loo", part, np.ones(len(order), dtype=bool))
-    assignment.facts["users_without_targets"] = int(np.count_nonzero(~eligible))
-    _warn_of_the_future(dataset, assignment)
-    return assignment
+    return Assignment("loo", part, np.ones(len(order), dtype=bool), in_time=True)
 
 
 def per_user_ratio(dataset: Dataset, ratios: np.ndarray, order: str, seed: int) -> Assignment:
@@ -82,12 +91,10 @@ def per_user_ratio(dataset: Dataset, ratios: np.ndarray, order: str, seed: int) 
     first_valid, first_test = np.repeat(train, lengths), np.repeat(lengths - test, lengths)
     part[grouped] = np.where(place < first_valid, TRAIN, np.where(place < first_test, VALID, TEST))
     assignment = Assignment(protocol, part, np.ones(rows, dtype=bool))
-    assignment.facts["users_without_targets"] = int(np.count_nonzero(~splittable))
     _without_untimed_targets(dataset, assignment)
+    assignment.in_time = order == "time"
     if order == "random":
         assignment.warnings.append(_LATER_OF_THE_SAME_USER)
-    else:
-        _warn_of_the_future(dataset, assignment)
     return assignment
 
 
@@ -124,11 +131,10 @@ def by_user(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
     part = user_part[dataset.user_codes]
     target = part == TRAIN
     target[last[user_part != TRAIN]] = True
-    assignment = Assignment(f"users-{_name(ratios)}-seed{seed}", part, target)
+    assignment = Assignment(f"users-{_name(ratios)}-seed{seed}", part, target, in_time=True)
     assignment.facts |= {
         f"{name}_users": int(np.count_nonzero(user_part == code)) for code, name in enumerate(PARTS)
     }
-    _warn_of_the_future(dataset, assignment)
     return assignment
 
 
@@ -164,7 +170,9 @@ def given(dataset: Dataset) -> Assignment:
     if len(unknown):
         raise DataError(f"{dataset.folder}: column 'part' has {unknown[0]!r}; expected {', '.join(PARTS)}")
     codes = parts.cast(pl.Enum(PARTS)).to_physical().cast(pl.Int8).to_numpy()
-    return Assignment("given", codes.copy(), np.ones(len(codes), dtype=bool))
+    assignment = Assignment("given", codes.copy(), np.ones(len(codes), dtype=bool))
+    _without_untimed_targets(dataset, assignment)
+    return assignment
 
 
 def _in_time(dataset: Dataset) -> tuple[np.ndarray, np.ndarray]:
@@ -179,9 +187,9 @@ def _cut(count: int, ratios: np.ndarray) -> tuple[int, int]:
 
 def _name(ratios: np.ndarray) -> str:
     """The ratios in their lowest terms: 8:1:1 also for 0.8, 0.1, 0.1."""
-    scaled = ratios / ratios.min()
-    whole = np.round(scaled)
-    return ":".join(f"{ratio:g}" for ratio in (whole if np.allclose(scaled, whole) else ratios))
+    parts = [Fraction(float(ratio)).limit_denominator(10_000) for ratio in ratios]
+    whole = [part * math.lcm(*(part.denominator for part in parts)) for part in parts]
+    return ":".join(str(int(part / math.gcd(*map(int, whole)))) for part in whole)
 
 
 def _without_untimed_targets(dataset: Dataset, assignment: Assignment) -> None:
@@ -189,14 +197,14 @@ def _without_untimed_targets(dataset: Dataset, assignment: Assignment) -> None:
         assignment.part[dataset.timestamps == NO_TIME] = TRAIN
 
 
-def _warn_of_the_future(dataset: Dataset, assignment: Assignment) -> None:
+def warn_of_the_future(dataset: Dataset, assignment: Assignment) -> None:
     """Measures how much of training lies after the test targets, which each model may then learn from."""
     if not dataset.has_timestamps:
         assignment.warnings.append("the log has no times: input order stands for time order")
         return
     times = dataset.timestamps
     training = np.sort(times[assignment.part == TRAIN])
-    targets = times[(assignment.part == TEST) & assignment.target]
+    targets = times[assignment.targets_of(TEST)]
     if not len(targets) or not len(training):
         return
     later = 1 - np.searchsorted(training, targets, side="right") / len(training)

@@ -7,6 +7,7 @@ not targets are the history of users whom training does not know (`users` splits
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,11 +76,12 @@ class Split:
         Raises:
             DataError: The folder is not a split, or the dataset is not the one that was split.
         """
-        folder = Path(folder)
+        folder = Path(os.path.normpath(Path.cwd() / folder)) if ".." in Path(folder).parts else Path(folder)
         manifest = read_json(folder / MANIFEST, "a split (made by `recllm data split`)")
-        if "protocol" not in manifest or folder.absolute().parent.name != "splits":
+        place = Path.cwd() / folder
+        if "protocol" not in manifest or place.parent.name != "splits":
             raise DataError(f"{folder} is not a split; expected DATASET/splits/<name>")
-        dataset = dataset or Dataset.open(folder.absolute().parent.parent)
+        dataset = dataset or Dataset.open(place.parent.parent)
         if manifest["data_hash"] != dataset.data_hash:
             raise DataError(f"{folder} was made from another state of {dataset.folder}; make the split again")
         for part in PARTS:
@@ -137,17 +139,16 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
         DataError: The method needs times or given parts that the dataset lacks, or a part is empty.
     """
     assignment = _assign(dataset, options)
-    part, target = assignment.part, assignment.target
+    part = assignment.part
     if options.drop_cold:
         _drop_cold(dataset, assignment)
+    _describe(dataset, assignment)
     for code in (VALID, TEST):
-        if not (target & (part == code)).any():
-            told = ", ".join(
-                f"{fact.replace('_', ' ')}: {value:,}" for fact, value in assignment.facts.items()
-            )
+        if not assignment.targets_of(code).any():
+            told = [f"{fact.replace('_', ' ')}: {value:,}" for fact, value in assignment.facts.items()]
             raise DataError(
                 f"{dataset.folder}: the {PARTS[code]} part of {assignment.protocol} has no targets "
-                f"({len(dataset.users):,} users, {len(part):,} interactions; {told or 'no more is known'})"
+                f"({len(dataset.users):,} users, {len(part):,} interactions; {', '.join(told)})"
             )
     if not (part == TRAIN).any():
         raise DataError(f"{dataset.folder}: the training part of {assignment.protocol} is empty")
@@ -155,6 +156,9 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
     if Path(name).name != name or name.startswith("."):
         raise DataError(f"--name {name!r}: expected a plain folder name")
     folder = dataset.folder / "splits" / name
+    target = pl.Series(assignment.target)
+    if assignment.dropped is not None:
+        target = target.set(pl.Series(assignment.dropped), None)
     with staged_folder(folder, overwrite=options.overwrite) as staging:
         columns = dataset.scan_interactions().select(COLUMNS).with_row_index("row")
         for code, part_name in enumerate(PARTS):
@@ -201,21 +205,28 @@ def _assign(dataset: Dataset, options: SplitOptions) -> Assignment:
 
 
 def _drop_cold(dataset: Dataset, assignment: Assignment) -> None:
-    train, held_out = assignment.part == TRAIN, (assignment.part != TRAIN) & assignment.target
+    """Takes targets out of evaluation whose user or item training does not know."""
+    train = assignment.part == TRAIN
+    held_out = assignment.targets_of(VALID) | assignment.targets_of(TEST)
     known_user, known_item = np.zeros(len(dataset.users), bool), np.zeros(len(dataset.items), bool)
     known_user[dataset.user_codes[train]] = True
     known_user[dataset.user_codes[~assignment.target]] = True  # a history is as good as training interactions
     known_item[dataset.item_codes[train]] = True
-    cold = held_out & ~(known_user[dataset.user_codes] & known_item[dataset.item_codes])
-    assignment.part[cold] = UNUSED
-    assignment.facts["cold_targets_left_out"] = int(np.count_nonzero(cold))
+    assignment.dropped = held_out & ~(known_user[dataset.user_codes] & known_item[dataset.item_codes])
+    assignment.facts["cold_targets_left_out"] = int(np.count_nonzero(assignment.dropped))
     assignment.protocol += "-warm"
+
+
+def _describe(dataset: Dataset, assignment: Assignment) -> None:
+    """Adds the facts and warnings that depend on which targets there are in the end."""
+    with_targets = dataset.user_codes[assignment.targets_of(VALID) | assignment.targets_of(TEST)]
+    assignment.facts["users_without_targets"] = len(dataset.users) - len(np.unique(with_targets))
+    if assignment.in_time:
+        split_methods.warn_of_the_future(dataset, assignment)
 
 
 def _counts(assignment: Assignment) -> dict[str, int]:
     counts = {name: int(np.count_nonzero(assignment.part == code)) for code, name in enumerate(PARTS)}
     for code in (VALID, TEST):
-        counts[f"{PARTS[code]}_targets"] = int(
-            np.count_nonzero((assignment.part == code) & assignment.target)
-        )
+        counts[f"{PARTS[code]}_targets"] = int(np.count_nonzero(assignment.targets_of(code)))
     return {**counts, "unused": int(np.count_nonzero(assignment.part == UNUSED))}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import polars as pl
@@ -75,6 +77,29 @@ def test_a_dataset_that_cannot_be_written_to_has_its_sequences_elsewhere(small_d
     elsewhere = open_sequences(split, "train", cache=tmp_path / "cache").items.tolist()
     assert not (split.folder / "sequences").exists()
     assert elsewhere == open_sequences(split, "train").items.tolist()
+
+
+def test_a_cache_of_another_dataset_is_not_used(tmp_path):
+    log = pl.DataFrame({"user": ["u"] * 5, "item": list("bcdef")})
+    decoded = []
+    for name, extra in (("one", ""), ("two", "a")):
+        catalog, users = pl.DataFrame({"item": sorted("bcdef" + extra)}), pl.DataFrame({"user": ["u"]})
+        dataset = write_dataset(tmp_path / name, items=catalog, interactions=log, users=users, source={})
+        split = make_split(dataset, SplitOptions(dataset.folder, "loo"))
+        items = open_sequences(split, "train", cache=tmp_path / "cache").items
+        decoded.append(dataset.items["item"].gather(items - 1).to_list())
+    assert decoded[0] == decoded[1] == ["b", "c", "d"]
+
+
+def test_several_processes_open_sequences_at_once(small_dataset):
+    split = make_split(small_dataset, SplitOptions(small_dataset.folder, "loo"))
+    code = (
+        "import sys; from recllm.data.splits import Split; from recllm.data.sequences import open_sequences;"
+        "print(len(open_sequences(Split.open(sys.argv[1]), 'valid')))"
+    )
+    command = [sys.executable, "-c", code, str(split.folder)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    assert {process.communicate()[0].strip() for process in started} == {"60"}
 
 
 def test_a_changed_split_and_a_truncated_file_are_rebuilt(small_dataset):

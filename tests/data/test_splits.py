@@ -188,11 +188,57 @@ def test_drop_cold_leaves_targets_that_training_knows(tmp_path):
     warm = split(dataset, "temporal", ratios=(4, 2, 2), drop_cold=True)
     assert warm.protocol == "temporal-2:1:1-warm" and warm.manifest["facts"]["cold_targets_left_out"] >= 1
     known = warm.scan("train").collect()
-    held_out = pl.concat([warm.scan("valid").collect(), warm.scan("test").collect()])
+    held_out = pl.concat([warm.scan(part).filter(pl.col("target")).collect() for part in ("valid", "test")])
     assert (
         held_out["user"].is_in(known["user"].implode()).all()
         and held_out["item"].is_in(known["item"].implode()).all()
     )
+
+
+def test_a_cold_target_is_no_target_and_is_known_afterwards(tmp_path):
+    histories = {
+        "d": ["p", "q", "cold", "r"],
+        "a": ["r", "p", "q"],
+        "b": ["q", "r", "p"],
+        "c": ["p", "q", "r"],
+    }
+    rows = [(user, item) for user, items in histories.items() for item in items]
+    dataset = write_log(tmp_path / "d", pl.DataFrame(rows, schema=["user", "item"], orient="row"))
+    warm = split(dataset, "loo", drop_cold=True)
+    assert warm.manifest["facts"]["cold_targets_left_out"] == 1
+    assert warm.manifest["counts"]["valid_targets"] == 3 and warm.manifest["counts"]["test_targets"] == 4
+    assert 2 not in warm.rows("valid", targets=True) and 2 not in warm.history_rows("valid")
+    assert 2 in warm.history_rows("test")
+
+
+def test_facts_and_warnings_are_of_the_targets_that_are_left(tmp_path):
+    log = pl.DataFrame(
+        {
+            "user": list("aaabbbccceee"),
+            "item": list("12x213321132"),
+            "timestamp": [1, 2, 3, 11, 40, 41, 12, 42, 43, 13, 44, 45],
+        }
+    )
+    plain = split(write_log(tmp_path / "d", log), "loo")
+    warm = split(plain.dataset, "loo", drop_cold=True)
+    assert plain.manifest["warnings"][0].startswith("25.0% of the test targets")
+    assert warm.manifest["warnings"] == [] and warm.manifest["facts"]["cold_targets_left_out"] == 1
+
+
+def test_given_parts_never_make_an_untimed_row_a_target(tmp_path):
+    rows = [("u", "a", 1, "train"), ("u", "b", 2, "train"), ("u", "c", None, "valid"), ("u", "d", 3, "valid")]
+    rows += [("u", "e", 4, "test"), ("u", "f", None, "test")]
+    log = pl.DataFrame(rows, schema=["user", "item", "timestamp", "part"], orient="row")
+    made = split(write_log(tmp_path / "d", log), "given")
+    assert made.rows("valid").tolist() == [3] and made.rows("test").tolist() == [4]
+
+
+def test_a_split_opens_by_any_path_to_it(small_dataset, monkeypatch):
+    folder = split(small_dataset, "loo").folder
+    monkeypatch.chdir(folder)
+    for path in (".", "../loo", folder / ".." / "loo"):
+        if path != ".":
+            assert Split.open(path).protocol == "loo"
 
 
 def test_a_split_of_another_state_of_the_dataset_is_refused(tmp_path):
@@ -222,6 +268,8 @@ def test_the_manifest_states_protocol_seed_and_origin(small_dataset):
 
 def test_equal_shares_have_one_name(small_dataset):
     assert split(small_dataset, "random", ratios=(0.8, 0.1, 0.1)).protocol == "random-8:1:1-seed42"
+    for ratios in ((5, 3, 2), (0.5, 0.3, 0.2), (50, 30, 20)):
+        assert split(small_dataset, "random", ratios=ratios).protocol == "random-5:3:2-seed42"
 
 
 def test_methods_that_need_an_order_say_what_stands_for_it(tmp_path):

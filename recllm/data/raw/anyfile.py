@@ -120,6 +120,8 @@ def _kind(value: Any) -> str:
         return "null"
     if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
         return "huge"
+    if isinstance(value, int) and abs(value) > 2**53:
+        return "long"  # a float could not hold it
     if isinstance(value, list):
         return (
             "list"
@@ -137,7 +139,7 @@ def _column(kinds: set[str]) -> tuple[pl.DataType, Callable[[Any], Any]]:
         return pl.List(pl.String()), lambda value: None if value is None else as_texts(_lowered(value))
     if found == {"bool"}:
         return pl.Boolean(), lambda value: value
-    if found == {"int"}:
+    if found in ({"int"}, {"long"}, {"int", "long"}):
         return pl.Int64(), lambda value: value
     if found and found <= {"int", "float"}:
         return pl.Float64(), lambda value: value

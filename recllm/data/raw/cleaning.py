@@ -22,6 +22,7 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # Seconds stay below 1e11 until the year 5138, milliseconds since 1973 lie above it, and so on by 1,000.
 _UNIT_BOUNDS = {"s": (0, 10**11), "ms": (10**11, 10**14), "us": (10**14, 10**17), "ns": (10**17, 2**63)}
 _SAMPLE = 1000
+_WHOLE = r"^[0-9]+\.0$"
 _YEAR_1990 = 631_152_000
 _DATE_FORMATS = (
     "%Y-%m-%d %H:%M:%S%.f%#z",
@@ -156,7 +157,8 @@ def _typed(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> 
         columns.append(_seconds(frame, unit, findings, source))
     if "rating" in types:
         text = pl.col("rating").cast(pl.String).str.strip_chars()
-        rating = pl.col("rating").cast(pl.Float32, strict=False)
+        numeric = types["rating"].is_numeric()
+        rating = (pl.col("rating") if numeric else text).cast(pl.Float32, strict=False).alias("rating")
         wrong = (text != "") & ~rating.is_finite().fill_null(False)
         problem = problem.when(wrong).then(pl.format("rating '{}' is no number", text.str.slice(0, 40)))
         columns.append(rating)
@@ -177,11 +179,13 @@ def clean_id(frame: pl.LazyFrame, name: str, findings: Findings) -> pl.Expr:
         return column.cast(pl.String).alias(name)
     text = column.str.strip_chars()
     sample = frame.select(text.alias("id")).filter(pl.col("id") != "").head(_SAMPLE).collect()["id"]
-    if len(sample) and sample.str.contains(r"^\d+\.0$").all():
-        findings.note(
-            f"{name} ids such as {sample[0]!r} are whole numbers written with '.0', which was removed"
-        )
-        text = pl.when(text.str.contains(r"^\d+\.0$")).then(text.str.strip_suffix(".0")).otherwise(text)
+    if len(sample) and sample.str.contains(_WHOLE).all():
+        ids = frame.select(text.alias("id")).filter(pl.col("id") != "")
+        if ids.select(pl.col("id").str.contains(_WHOLE).all()).collect(engine="streaming").item():
+            findings.note(
+                f"{name} ids such as {sample[0]!r} are whole numbers written with '.0', which was removed"
+            )
+            text = text.str.strip_suffix(".0")
     return pl.when(text != "").then(text).alias(name)
 
 
@@ -189,6 +193,8 @@ def _seconds(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -
     """A timestamp column as UTC seconds (int64, rounded down); what is no time becomes null."""
     dtype = frame.collect_schema()["timestamp"]
     column = pl.col("timestamp")
+    if dtype in (pl.Time, pl.Duration):
+        raise DataError(f"{source}: the timestamp column is of type {dtype}; expected dates or numbers")
     if dtype.is_temporal():
         if getattr(dtype, "time_zone", None):
             column = column.dt.convert_time_zone("UTC")

@@ -16,8 +16,8 @@ from recllm.data.raw.tables import (
     LINE,
     RawDataset,
     RawTable,
+    check_image_search,
     check_names,
-    images_by_item,
     require_columns,
 )
 from recllm.errors import DataError
@@ -109,16 +109,19 @@ def items_of(interactions: RawTable, findings: Findings) -> RawTable:
 
 def join_columns(raw: RawDataset, columns: pl.DataFrame, findings: Findings) -> None:
     """Joins columns to the items by `item`; an item that `columns` lacks gets nulls."""
+    raw.only_touched |= raw.items is None
     raw.items = with_clean_ids(raw.items or items_of(raw.interactions, findings), "item", findings)
     raw.items.frame = raw.items.frame.join(columns.lazy(), on="item", how="left", maintain_order="left")
 
 
-def join_images(raw: RawDataset, folder: Path, findings: Findings, *, pattern: str | None = None) -> None:
-    """Finds the items' images in a folder, as `images_by_item` does, and joins them to the items."""
-    raw.items = with_clean_ids(raw.items or items_of(raw.interactions, findings), "item", findings)
-    ids = raw.items.frame.select(pl.col("item").drop_nulls()).collect()["item"]
-    join_columns(raw, images_by_item(folder, ids, findings, pattern=pattern), findings)
-    raw.image_folder = folder
+def find_images(raw: RawDataset, folder: Path, *, pattern: str | None = None) -> None:
+    """Has the items' images looked for in a folder, as `images_by_item` does, once all items are known.
+
+    Raises:
+        DataError: The folder is missing, or the pattern lacks `{item}`.
+    """
+    check_image_search(folder, pattern)
+    raw.image_folder, raw.image_pattern, raw.find_images = folder, pattern, True
 
 
 def text_column(frame: pl.LazyFrame, name: str, path: Path) -> pl.Expr:

@@ -46,6 +46,9 @@ class RawDataset:
             where the source has no items table. `images` holds paths relative to `image_folder`.
         users: `user` and extra columns; None where the source has no users table.
         image_folder: The folder of the source images.
+        find_images: Look in that folder for images of the items, by id, once the items are known.
+        image_pattern: Where an item's image is in that folder; see `images_by_item`.
+        only_touched: The items table was made from the interactions, so it holds no other items.
         source: What the manifest says of the source; `order: time` where the order of the rows stands for
             times.
     """
@@ -54,6 +57,9 @@ class RawDataset:
     items: RawTable | None = None
     users: RawTable | None = None
     image_folder: Path | None = None
+    find_images: bool = False
+    image_pattern: str | None = None
+    only_touched: bool = False
     source: dict[str, str] = field(default_factory=dict)
 
 
@@ -120,6 +126,20 @@ def check_names(path: Path, names: Iterable[str]) -> None:
             raise DataError(f"{path}: the column name {name!r} cannot be kept; rename the column")
 
 
+def check_image_search(folder: Path, pattern: str | None) -> None:
+    """Checks what `images_by_item` is told.
+
+    Raises:
+        DataError: The folder is missing, or the pattern lacks `{item}`.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected the images")
+    if pattern is not None and "{item}" not in pattern:
+        raise DataError(
+            f"the image pattern {pattern!r} has no {{item}} in it, so it names one file for all items"
+        )
+
+
 def images_by_item(
     folder: Path, items: pl.Series, findings: Findings, *, pattern: str | None = None
 ) -> pl.DataFrame:
@@ -142,13 +162,8 @@ def images_by_item(
     """
     from recllm.data.image_files import SUFFIXES, is_inside, is_plain_file
 
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; expected the images")
+    check_image_search(folder, pattern)
     if pattern is not None:
-        if "{item}" not in pattern:
-            raise DataError(
-                f"the image pattern {pattern!r} has no {{item}} in it, so it names one file for all items"
-            )
         found = [(item, pattern.replace("{item}", item)) for item in items.unique().sort()]
         outside = [f"item {item!r}: {path!r}" for item, path in found if not is_inside(path)]
         findings.drop("image paths that leave the image folder", len(outside), outside)
@@ -156,18 +171,18 @@ def images_by_item(
     else:
         names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
         known = set(items.to_list())
-        by_item: dict[str, list[str]] = {}
+        by_item: dict[str, list[tuple[int, str]]] = {}
         for name in names:
             stem = name.rsplit(".", 1)[0]
             head, _, number = stem.rpartition("_")
             item = stem if stem in known else head if head in known and number.isdigit() else None
             if item is not None:
-                by_item.setdefault(item, []).append(name)
+                by_item.setdefault(item, []).append((int(number) if item != stem else -1, name))
         unused = len(names) - sum(map(len, by_item.values()))
         if unused:
             findings.note(
                 f"{unused:,} of {len(names):,} images in {folder.name} belong to no item and were not copied"
             )
-        rows = list(by_item.items())
+        rows = [(item, [name for _, name in sorted(found)]) for item, found in by_item.items()]
     types = {"item": pl.String(), "images": pl.List(pl.String())}
     return pl.DataFrame(rows, schema=types, orient="row")

@@ -15,7 +15,7 @@ import polars as pl
 
 from recllm.data.raw.anyfile import JSON, read_table, suffix_of
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.joining import items_of, join_images, mapped
+from recllm.data.raw.joining import find_images, items_of, mapped
 from recllm.data.raw.lines import (
     as_number,
     as_text,
@@ -95,7 +95,7 @@ class Amazon(ImportOptions):
         else:
             findings.note(f"no metadata file (meta_*) beside {self.source.name}: items have no titles")
         if self.images is not None:
-            join_images(raw, self.images, findings)
+            find_images(raw, self.images)
         return raw
 
     def _read_reviews(self, findings: Findings, workspace: Path) -> tuple[RawTable, str]:

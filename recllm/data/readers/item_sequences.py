@@ -7,7 +7,7 @@ from pathlib import Path
 
 from recllm.data.raw.anyfile import read_table
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.joining import join_images
+from recllm.data.raw.joining import find_images
 from recllm.data.raw.sequence_lines import read_sequences
 from recllm.data.raw.tables import RawDataset, existing_file, find_file
 from recllm.data.readers.options import ImportOptions
@@ -65,5 +65,5 @@ class ItemSequences(ImportOptions):
                 category_separator=self.category_separator,
             )
         if self.images is not None:
-            join_images(raw, self.images, findings)
+            find_images(raw, self.images)
         return raw

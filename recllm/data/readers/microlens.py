@@ -9,7 +9,7 @@ import polars as pl
 
 from recllm.data.raw.delimited import read_delimited
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.joining import join_columns, join_images, mapped, with_clean_ids
+from recllm.data.raw.joining import find_images, join_columns, mapped, with_clean_ids
 from recllm.data.raw.lines import open_bytes
 from recllm.data.raw.sequence_lines import read_sequences
 from recllm.data.raw.tables import FILE, LINE, RawDataset, RawTable, find_file, require_columns
@@ -55,7 +55,7 @@ class MicroLens(ImportOptions):
                 join_columns(raw, _features(path, names, findings, workspace), findings)
         covers = self.covers or self._covers_folder()
         if covers is not None:
-            join_images(raw, covers, findings)
+            find_images(raw, covers)
         return raw
 
     def _optional(self, *patterns: str) -> Path | None:

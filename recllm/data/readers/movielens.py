@@ -9,8 +9,8 @@ import polars as pl
 
 from recllm.data.raw.delimited import read_delimited
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.joining import collected
-from recllm.data.raw.tables import LINE, RawDataset, RawTable, find_file, images_by_item, require_columns
+from recllm.data.raw.joining import collected, find_images
+from recllm.data.raw.tables import LINE, RawDataset, RawTable, find_file, require_columns
 from recllm.data.readers.options import ImportOptions
 
 NO_GENRES = "(no genres listed)"
@@ -55,7 +55,7 @@ class MovieLens(ImportOptions):
         else:
             find_file(self.source, "ratings.csv", "ratings.dat", "u.data", what="MovieLens ratings file")
         self._add_plots(raw.items, findings, workspace)
-        self._add_posters(raw, findings)
+        self._add_posters(raw)
         return raw
 
     def _add_plots(self, items: RawTable, findings: Findings, workspace: Path) -> None:
@@ -70,14 +70,11 @@ class MovieLens(ImportOptions):
         frame = frame.unique("item", keep="first", maintain_order=True)
         items.frame = items.frame.join(frame, on="item", how="left", maintain_order="left")
 
-    def _add_posters(self, raw: RawDataset, findings: Findings) -> None:
+    def _add_posters(self, raw: RawDataset) -> None:
         folder = self.posters or self.source / "posters"
         if self.posters is None and not folder.is_dir():
             return
-        ids = raw.items.frame.select("item").collect()["item"]
-        images = images_by_item(folder, ids, findings)
-        raw.items.frame = raw.items.frame.join(images.lazy(), on="item", how="left", maintain_order="left")
-        raw.image_folder = folder
+        find_images(raw, folder)
 
 
 def _read_latest(folder: Path, findings: Findings, workspace: Path) -> RawDataset:

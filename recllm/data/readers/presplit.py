@@ -9,7 +9,7 @@ import polars as pl
 
 from recllm.data.raw.anyfile import SEPARATORS, read_table, suffix_of
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.joining import column_of, join_images, looked_at, mapped
+from recllm.data.raw.joining import column_of, find_images, looked_at, mapped
 from recllm.data.raw.lines import is_compressed
 from recllm.data.raw.tables import FILE, RawDataset, RawTable, find_file
 from recllm.data.readers.options import ImportOptions
@@ -59,7 +59,7 @@ class PreSplit(ImportOptions):
             table = read_table(self.items_file, findings, workspace)
             raw.items = items_table(table, self.item_id, findings)
         if self.images is not None:
-            join_images(raw, self.images, findings)
+            find_images(raw, self.images)
         return raw
 
     def _single_file(self) -> Path | None:

@@ -9,7 +9,7 @@ import polars as pl
 
 from recllm.data.raw.delimited import read_delimited
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.joining import collected, column_of, join_images, looked_at, mapped, with_clean_ids
+from recllm.data.raw.joining import collected, column_of, find_images, looked_at, mapped, with_clean_ids
 from recllm.data.raw.lines import is_compressed
 from recllm.data.raw.tables import LINE, RawDataset, RawTable, existing_file, find_file
 from recllm.data.readers.options import ImportOptions
@@ -71,7 +71,7 @@ class RecBole(ImportOptions):
                 self._typed(collected(table), types, {self.user}), {"user": self.user}, "users"
             )
         if self.images is not None:
-            join_images(raw, self.images, findings)
+            find_images(raw, self.images)
         raw.source["layout"] = "recbole"
         return raw
 

@@ -9,7 +9,7 @@ from recllm.data.raw.anyfile import read_table
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.joining import (
     column_of,
-    join_images,
+    find_images,
     list_column,
     mapped,
     text_column,
@@ -129,7 +129,7 @@ class Table(ImportOptions):
         if not self.images.is_dir():
             raise DataError(f"--images {self.images} is not a folder; expected the folder of item images")
         if self.image_column is None:
-            join_images(raw, self.images, findings, pattern=self.image_pattern)
+            find_images(raw, self.images, pattern=self.image_pattern)
         raw.image_folder = self.images
 
 
