@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 
 from recllm.errors import DataError
 from recllm.evaluation import tables
-from recllm.evaluation.inputs import Candidates, System, read_systems, stem
+from recllm.evaluation.inputs import Candidates, System, check_distinct, read_systems, stem
 from recllm.evaluation.metrics import Metrics, compute_metrics, distinct_metric_names, one_positive_each
 from recllm.evaluation.ranks import RankRecords, check_one_setting
 from recllm.evaluation.significance import (
@@ -22,6 +22,7 @@ from recllm.evaluation.significance import (
     check_same_records,
     compare,
     holm,
+    paired_differences,
     sign_flip_test,
 )
 
@@ -118,6 +119,7 @@ def report_table(
     The best system of each metric is stressed, and those that differ from it are marked, by the sign-flip
     test with Holm's correction over every comparison that the table makes.
     """
+    check_distinct(systems)
     check_one_setting([(system.records.system, system.records) for system in systems])
     for other in systems[1:]:
         check_same_records(systems[0].records, other.records)
@@ -127,8 +129,8 @@ def report_table(
     per_user = np.stack([one.per_user().drop("user").to_numpy() for one in measured])  # [S, U, M]
     means = np.array([[one.mean()[name] for name in names] for one in measured])
     intervals = _by_system(bootstrap_means(_side_by_side(per_user), resamples=resamples, seed=seed), systems)
-    best = np.where(np.isnan(means), -np.inf, means).argmax(0)
-    lead = per_user[best, :, np.arange(len(names))].T[None] - per_user
+    best = np.where(np.isnan(means), -np.inf, means.round(12)).argmax(0)  # of equal ones the first
+    lead = paired_differences(per_user[best, :, np.arange(len(names))].T[None], per_user)
     p = holm_against(
         best, _by_system(sign_flip_test(_side_by_side(lead), resamples=resamples, seed=seed), systems)
     )
@@ -198,6 +200,7 @@ def comparison_table(
 ) -> tables.Table:
     """Tabulates the comparisons of the first system with each other one; Holm's family is all rows."""
     first = systems[0].records
+    check_distinct(systems)
     check_one_setting([(system.records.system, system.records) for system in systems])
     names, equal = _chosen(first, ks, names)
     comparisons = [

@@ -12,6 +12,8 @@ from recllm.errors import DataError
 
 COLUMNS = ("user", "item", "above", "tied", "n")
 """The columns of rank records."""
+LARGEST_LIST = 2**31
+"""Candidates that a list may have."""
 
 
 def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
@@ -19,15 +21,21 @@ def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
     007).
 
     Raises:
-        DataError: The file is missing or damaged, or a CSV score is not a number.
+        DataError: The file is missing or damaged, its name is not UTF-8, or a CSV names two columns alike or
+            has a score that is not a number.
     """
     path = Path(path)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{str(path)!a}: the name of the file is not UTF-8; rename it") from None
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     is_csv = path.name.lower().endswith((".csv", ".csv.gz"))
     try:
         if is_csv:
             frame, metadata = pl.read_csv(path, infer_schema=False, glob=False), {}
+            _refuse_twin_columns(frame, path)
         else:
             frame = pl.read_parquet(path, hive_partitioning=False, glob=False)
             metadata = pl.read_parquet_metadata(path)
@@ -43,6 +51,15 @@ def read_table(path: Path) -> tuple[pl.DataFrame, dict[str, str]]:
             raise DataError(f"{path}: row {row}: {name} {frame[name][row]!r} is not a number")
         frame = frame.with_columns(numbers.alias(name))
     return frame, metadata
+
+
+def _refuse_twin_columns(frame: pl.DataFrame, path: Path) -> None:
+    """Polars reads the second `score` of a header as `score_duplicated_0`; which is meant cannot be known."""
+    if not any("_duplicated_" in name for name in frame.columns):
+        return
+    header = pl.read_csv(path, has_header=False, n_rows=1, infer_schema=False, glob=False).row(0)
+    if twins := [name for name in header if header.count(name) > 1]:
+        raise DataError(f"{path}: the column {twins[0]!r} stands more than once in the header; keep one")
 
 
 def text_ids(frame: pl.DataFrame, columns: Sequence[str], where: str) -> pl.DataFrame:
@@ -98,8 +115,12 @@ def check_scores(frame: pl.DataFrame, keys: Sequence[str], where: str = "scores"
 
 def check_ranks(frame: pl.DataFrame, lists: str, where: str) -> None:
     """Raises a `DataError` naming the first row of `COLUMNS` that cannot be a rank."""
+    # Wide enough that no sum below wraps around; what does not even fit is null.
+    frame = frame.with_columns(pl.col(COLUMNS[2:]).cast(pl.Int64, strict=False))
     above, tied, n = (pl.col(name) for name in COLUMNS[2:])
+    countable = pl.col(COLUMNS[2:]).is_between(-LARGEST_LIST, LARGEST_LIST).fill_null(False)
     rules = [
+        (pl.all_horizontal(countable), f"lists may have {LARGEST_LIST} candidates at most"),
         (
             (above >= 0) & (tied >= 1) & (above + tied <= n),
             "expected 0 <= above, 1 <= tied, above + tied <= n",
@@ -109,12 +130,17 @@ def check_ranks(frame: pl.DataFrame, lists: str, where: str) -> None:
         positives = pl.len().over("user")
         same_rank = pl.len().over("user", "above")
         higher = above.rank("min").over("user") - 1
+        last_above, last_tied = (column.shift(1).over("user", order_by="above") for column in (above, tied))
         rules += [
             (pl.len().over("user", "item") == 1, "this (user, item) stands more than once"),
             (n == n.first().over("user"), "n differs from the user's other rows"),
             (
                 (tied == tied.first().over("user", "above")) & (same_rank <= tied) & (higher <= above),
                 "contradicts the user's other rows: equal `above` means one tie that holds its positives",
+            ),
+            (
+                last_above.is_null() | (above == last_above) | (above >= last_above + last_tied),
+                "contradicts the user's other rows: `above` must count all of a tie that stands higher",
             ),
             (positives <= n, "the user has more positives than candidates"),
         ]

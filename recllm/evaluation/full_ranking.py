@@ -17,7 +17,8 @@ import numpy as np
 import polars as pl
 
 from recllm.errors import DataError
-from recllm.evaluation.ranks import RankRecords, check_finite, count_true
+from recllm.evaluation.ranks import RankRecords, as_scores, check_finite, check_ids, count_true
+from recllm.evaluation.twins import tie_twins, twin_rows
 
 if TYPE_CHECKING:
     from recllm.data.candidates import FullRanking
@@ -44,10 +45,11 @@ def rank_full(
 ) -> RankRecords:
     """Ranks the positives of every user among all items that the user has not seen.
 
-    Scores are compared in the precision in which they come (half precision and bfloat16 as float32), and
-    those of embeddings are float32 or float64 inner products. The score of a positive is read from the block
-    in which it is ranked, so a positive always ties with itself. Torch tensors are ranked on their own
-    device.
+    Scores are compared in the precision in which they come (half precision and bfloat16 as float32, integers
+    and extended precision as float64), and those of embeddings are float32 or float64 inner products. The
+    score of a positive is read from the block in which it is ranked, so a positive always ties with itself,
+    and items with equal vectors share one inner product, so they tie wherever they are stored. Torch tensors
+    are ranked on their own device.
 
     Args:
         scores: A matrix [U, I], a function that maps a slice of users to their scores [B, I], or a pair of
@@ -76,6 +78,7 @@ def rank_full(
         raise DataError(
             f"{len(users)} user ids and {len(items)} item ids for {u_count} users, {n_items} items"
         )
+    check_ids(users, "users")
     if users.n_unique() < u_count:
         raise DataError("users: an id repeats; one row is one user")
     owner = np.repeat(np.arange(u_count), np.diff(indptr))
@@ -292,8 +295,11 @@ def _source(scores: Scores, u_count: int, n_items: int, users: pl.Series) -> _So
     largest = [float(abs(table).max()) if 0 not in table.shape else 0.0 for table in (of_users, of_items)]
     float32_max = 3.4e38
     safe = of_users.shape[1] * largest[0] * largest[1] < float32_max
+    twins = twin_rows(of_items)
     return _Source(
-        lambda part: of_users[part] @ of_items.T, finite=safe, parallel=isinstance(of_users, np.ndarray)
+        lambda part: tie_twins(of_users[part] @ of_items.T, twins),
+        finite=safe,
+        parallel=isinstance(of_users, np.ndarray),
     )
 
 
@@ -306,7 +312,7 @@ def _as_scores(scores: Any) -> Any:
         elif scores.itemsize < 4:
             scores = scores.float()
         return scores.numpy() if scores.device.type == "cpu" else scores
-    scores = np.asarray(scores)
+    scores = as_scores(scores)
     if not np.issubdtype(scores.dtype, np.floating):
         return scores.astype(np.float64)
     return scores.astype(np.float32) if scores.dtype == np.float16 else scores

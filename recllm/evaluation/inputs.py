@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,11 +97,12 @@ def read_systems(paths: tuple[Path, ...], candidates: Candidates | None = None) 
     """Reads several systems that are to stand in one table; equal names are told apart by their files.
 
     Raises:
-        DataError: There are none, or two of them were measured under different protocols or on different
-            candidates; both files are named.
+        DataError: There are none, a file is given twice, or two of them were measured under different
+            protocols or on different candidates; both files are named.
     """
     if not paths:
         raise DataError("no score or rank files were given")
+    _refuse_repeats(paths)
     systems = [read_system(Path(path), candidates) for path in paths]
     check_one_setting([(str(system.path), system.records) for system in systems])
     names = [system.records.system for system in systems]
@@ -110,9 +112,24 @@ def read_systems(paths: tuple[Path, ...], candidates: Candidates | None = None) 
     ]
 
 
+def check_distinct(systems: Sequence[System]) -> None:
+    """Raises a `DataError` where a system stands in a table twice: equal in name and file."""
+    _refuse_repeats([system.path for system in systems], [system.records.system for system in systems])
+
+
 def stem(path: Path) -> str:
     """The name of a file without its kind: `mine` for mine.parquet, mine.csv and mine.csv.gz."""
     return Path(path.name.removesuffix(".gz")).stem
+
+
+def _refuse_repeats(paths: Sequence[Path], names: Sequence[str] | None = None) -> None:
+    seen: dict[tuple[Path, str], Path] = {}
+    for path, name in zip(paths, names or [""] * len(paths), strict=True):
+        key = Path(path).resolve(), name
+        if key in seen:
+            also = f" (as {seen[key]})" if seen[key] != path else ""
+            raise DataError(f"{path} is given twice{also}; give every file once")
+        seen[key] = path
 
 
 def _fingerprint(frame: pl.DataFrame) -> str:

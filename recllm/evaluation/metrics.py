@@ -20,7 +20,10 @@ import numpy as np
 import polars as pl
 
 from recllm.errors import DataError
-from recllm.evaluation.ranks import RankRecords
+from recllm.evaluation.frames import LARGEST_LIST
+from recllm.evaluation.ranks import RankRecords, as_scores
+
+LARGEST_CUTOFF = 10**9
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +42,10 @@ class Metrics:
     system: str
 
     def per_user(self) -> pl.DataFrame:
-        """Averages the lists of each user: `user` (sorted), then a column per metric, NaN where undefined."""
-        return self._averaged().sort("user")
+        """Averages the lists of each user: `user` (text, sorted as text, so that rows of two systems match
+        whatever kind their ids are), then a column per metric, NaN where undefined.
+        """
+        return self._averaged().with_columns(pl.col("user").cast(pl.String)).sort("user")
 
     def mean(self) -> dict[str, float]:
         """Averages over users, each the average of its lists; undefined values are left out."""
@@ -57,8 +62,10 @@ class Metrics:
         frame = pl.DataFrame({"user": self.user, **self.lists})
         if self.user.n_unique() == frame.height:
             return frame
+        # Sorted, for the last bits of a sum depend on the order of its terms.
         averages = [
-            pl.col(name).filter(pl.col(name).is_not_nan()).mean().fill_null(np.nan) for name in self.lists
+            pl.col(name).filter(pl.col(name).is_not_nan()).sort().mean().fill_null(np.nan)
+            for name in self.lists
         ]
         return frame.group_by("user", maintain_order=True).agg(averages)
 
@@ -90,6 +97,8 @@ def metric_names(ks: Sequence[int]) -> list[str]:
     """Lists what `compute_metrics` returns for `ks`: all at each cutoff, then `mrr`, `map` and `auc`."""
     if wrong := [k for k in ks if not isinstance(k, int | np.integer) or k < 1]:
         raise DataError(f"cutoff {wrong[0]!r}: cutoffs (--ks) must be whole numbers of at least 1")
+    if max(ks, default=1) > LARGEST_CUTOFF:
+        raise DataError("cutoffs (--ks) must be at most 10^9")
     return [f"{name}@{k}" for k in ks for name in METRICS] + ["mrr", "map", "auc"]
 
 
@@ -125,7 +134,7 @@ def pooled_auc(scores: np.ndarray, labels: np.ndarray) -> float:
     Raises:
         DataError: A score is NaN or infinite, or one of the classes is empty.
     """
-    scores, labels = np.asarray(scores), np.asarray(labels).astype(bool)
+    scores, labels = as_scores(scores), np.asarray(labels).astype(bool)
     if scores.shape != labels.shape or scores.ndim != 1 or not np.isfinite(scores).all():
         raise DataError(f"scores {scores.shape} and labels {labels.shape}: expected two finite arrays [n]")
     positive, negative = scores[labels], np.sort(scores[~labels])
@@ -160,6 +169,10 @@ class _Groups:
     @classmethod
     def of(cls, records: RankRecords) -> _Groups:
         above, tied, n = (np.asarray(column, np.int64) for column in (records.above, records.tied, records.n))
+        if n.max() > LARGEST_LIST:
+            raise DataError(
+                f"{records.system}: a list of {n.max()} candidates; lists may have {LARGEST_LIST} at most"
+            )
         rank = np.arange(1, n.max() + 1)
         # Extended precision where the machine has it, so that differences of sums keep all their digits.
         tables = [np.cumsum(np.append(0, 1 / x), dtype=np.longdouble) for x in (rank, np.log2(rank + 1))]
@@ -327,12 +340,16 @@ METRICS: dict[str, Callable[[_Groups, int], np.ndarray]] = {
 def _metric(name: str, groups: _Groups) -> np.ndarray:
     base, at, cutoff = name.partition("@")
     if base not in (*METRICS, "auc"):
-        near = difflib.get_close_matches(base, [*METRICS, "auc"], n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(base.lower(), [*METRICS, "auc"], n=1, cutoff=0.0)[0]
+        if near == base.lower():  # only its letters are in the wrong case
+            near += at + cutoff
         raise DataError(f"no metric {name!r}; the nearest is {near!r}; cutoffs are written as in 'ndcg@10'")
     if base == "auc":
         if at:
             raise DataError(f"{name!r}: 'auc' is of the whole list and takes no cutoff")
         return groups.spread(_auc(groups, 0))
+    if cutoff.isdecimal() and (len(cutoff) > 10 or int(cutoff) > LARGEST_CUTOFF):
+        raise DataError(f"'{base}@{cutoff[:10]}...': a cutoff must be at most 10^9")
     if at and not (cutoff.isdecimal() and int(cutoff) > 0):
         raise DataError(f"{name!r}: a cutoff must be a whole number of at least 1, as in 'ndcg@10'")
     if not at and base in ("hr", "recall", "precision"):  # of a whole list the first two are always 1

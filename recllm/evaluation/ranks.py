@@ -111,7 +111,8 @@ def rank_candidates(
 ) -> RankRecords:
     """Ranks every positive among the candidates of its list.
 
-    Ids are compared as text, so integer ids of one table match text ids of the other.
+    Ids are compared as text, so integer ids of one table match text ids of the other. Scores are compared as
+    float64, so integers beyond 2^53 tie where they round to one number.
 
     Args:
         candidates: `user`, `item`, `label` (1 or 0) and perhaps `target`. With `target` one list is one
@@ -180,22 +181,29 @@ def rank_score_matrix(
     """Ranks the positives of Q dense lists of C candidates.
 
     Args:
-        scores: [Q, C] numbers; row q holds the scores of list q.
+        scores: [Q, C] numbers; row q holds the scores of list q. Integers of 64 bits and extended precision
+            are compared as float64.
         positives: [Q, C] of 0 and 1 (or bool), or [Q] the index of the one positive of each list.
         users: [Q] the user of each list; 0 to Q - 1 when None. A user may have several lists where every list
             has one positive.
         items: [Q, C] the id of each candidate; its column when None.
 
     Raises:
-        DataError: A list without a positive, a score that is NaN or infinite, or shapes that do not fit.
+        DataError: A list without a positive, a score that is NaN or infinite, ids that are neither text nor
+            integers, or shapes that do not fit.
     """
-    scores, positives = np.asarray(scores), np.asarray(positives)
+    scores, positives = as_scores(scores), np.asarray(positives)
     if scores.ndim != 2 or positives.shape not in (scores.shape, scores.shape[:1]):
         raise DataError(
             f"scores {scores.shape} and positives {positives.shape}: expected [Q, C] and [Q, C] or [Q]"
         )
     queries, width = scores.shape
     users = pl.Series("user", np.arange(queries) if users is None else users)
+    if len(users) != queries:
+        raise DataError(f"users: {len(users)} ids for {queries} lists")
+    check_ids(users, "users")
+    if items is not None and (items := _as_array(items, "items")).shape != scores.shape:
+        raise DataError(f"items {items.shape} and scores {scores.shape}: expected one id each [Q, C]")
     check_finite(scores, users)
     if positives.ndim == 1:
         if not np.issubdtype(positives.dtype, np.integer) or ((positives < 0) | (positives >= width)).any():
@@ -222,7 +230,8 @@ def rank_score_matrix(
         positive = scores[rows[part], columns[part]][:, None]
         above[part] = count_true(block > positive)
         tied[part] = count_true(block == positive)
-    names = pl.Series("item", columns if items is None else np.asarray(items)[rows, columns])
+    names = pl.Series("item", columns if items is None else items[rows, columns])
+    check_ids(names, "items")
     n = np.full(len(rows), width)
     return RankRecords(users[rows].rename("user"), names, above, tied, n, lists, protocol, system)
 
@@ -251,11 +260,39 @@ def check_one_setting(named: Sequence[tuple[str, RankRecords]]) -> None:
             )
 
 
+def as_scores(scores: Any) -> np.ndarray:
+    """Scores as numpy compares them: 64-bit integers and extended precision as float64, the rest as it is.
+
+    Raises:
+        DataError: They are not real numbers.
+    """
+    scores = _as_array(scores, "scores")
+    if scores.dtype.kind not in "fiub":
+        raise DataError(f"scores are {scores.dtype}; expected real numbers")
+    exact = scores.dtype.itemsize < 8 or scores.dtype == np.float64
+    return scores if exact else scores.astype(np.float64)
+
+
+def check_ids(ids: pl.Series, what: str) -> None:
+    """Raises a `DataError` unless all ids are text or integers, and none is missing."""
+    if len(ids) and ids.null_count():
+        raise DataError(f"{what}: the id of number {ids.is_null().arg_max()} is missing")
+    if len(ids) and not (ids.dtype.is_integer() or ids.dtype in (pl.String, pl.Categorical, pl.Enum)):
+        raise DataError(f"{what}: ids are {ids.dtype}; expected one text or integer each")
+
+
 def count_true(mask: Any) -> Any:
     """Counts the true entries of each row of a [B, C] numpy or torch mask."""
     if isinstance(mask, np.ndarray):
         return np.bitwise_count(np.packbits(mask, axis=1)).sum(1, dtype=np.uint32)  # 5 times mask.sum(1)
     return mask.sum(1)
+
+
+def _as_array(values: Any, what: str) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{what}: no array can be made of them ({error})") from None
 
 
 def check_finite(scores: Any, users: pl.Series) -> None:

@@ -76,7 +76,7 @@ def compare(
     per_user = [compute_metrics(records, ks, names).per_user() for records in (a, b)]
     names = per_user[0].columns[1:]
     of_a, of_b = (frame.drop("user").to_numpy() for frame in per_user)
-    difference = of_a - of_b
+    difference = paired_differences(of_a, of_b)
     intervals = bootstrap_means(difference, level=level, resamples=resamples, seed=seed)
     flips = sign_flip_test(difference, resamples=resamples, seed=seed)
     comparisons = []
@@ -95,22 +95,36 @@ def compare(
     return comparisons
 
 
+def paired_differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Subtracts metrics of the same users, a - b, and rounds to 12 decimals (our choice).
+
+    Averages of equal lists may differ in their last bits, by some 1e-17. Unrounded, such differences would
+    have a sign and a rank, and systems that are the same would differ significantly.
+    """
+    return np.round(a - b, 12) + 0.0
+
+
 def check_same_records(a: RankRecords, b: RankRecords) -> None:
-    """Raises a `DataError` unless both systems ranked the same positives among as many candidates."""
+    """Raises a `DataError` unless both systems ranked the same positives, each as often, among as many
+    candidates.
+    """
     check_one_setting([(a.system, a), (b.system, b)])
     keys = ["user", "item", "n"]
     left, right = (
         pl.DataFrame(
-            {"user": x.user.cast(pl.String), "item": x.item.cast(pl.String), "n": x.n.astype(np.int64)}
+            {"user": x.user.cast(pl.String), "item": x.item.cast(pl.String), "n": np.asarray(x.n, np.int64)}
         )
+        .group_by(keys, maintain_order=True)
+        .agg(pl.len().cast(pl.Int64).alias("times"))
         for x in (a, b)
     )
     for has, lacks, frame, other in ((a, b, left, right), (b, a, right, left)):
-        missing = frame.join(other, on=keys, how="anti")
-        if missing.height or frame.height > other.height:
-            user, item, n = missing.row(0) if missing.height else frame.filter(frame.is_duplicated()).row(0)
+        found = frame.join(other, on=keys, how="left", maintain_order="left")
+        lacking = found["times"] - found["times_right"].fill_null(0)
+        if (lacking > 0).any():
+            user, item, n = found.row((lacking > 0).arg_max())[:3]
             raise DataError(
-                f"{lacks.system} lacks {max(missing.height, 1)} of {frame.height} records of {has.system}, "
+                f"{lacks.system} lacks {lacking.clip(0).sum()} of {len(has)} records of {has.system}, "
                 f"the first is user {user!r}, item {item!r} of {n} candidates; rank both on the same file"
             )
 

@@ -256,6 +256,43 @@ def test_equal_names_are_told_apart_and_ignored_rows_reported(files):
         read_systems(paths[1:], Candidates.read(files / "test.parquet"))
 
 
+def test_a_file_stands_in_a_table_once(files):
+    candidates = files / "test.parquet"
+    good, poor = files / "scores/good.parquet", files / "scores/poor.parquet"
+    again = files / "scores/../scores/good.parquet"
+    for config, run in ((RankReportConfig, rank_report), (CompareRunsConfig, compare_runs)):
+        with pytest.raises(DataError, match=r"good\.parquet is given twice \(as "):
+            run(config((good, poor, again), candidates))
+    system = read_systems((good,), Candidates.read(candidates))[0]
+    for table in (report_table, comparison_table):
+        with pytest.raises(DataError, match=r"good\.parquet is given twice; give every file once"):
+            table([system, system], resamples=10)
+        table([system, replace(system, records=replace(system.records, system="renamed"))], resamples=10)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".csv.gz"])
+def test_a_header_that_names_a_column_twice_is_refused(files, kind):
+    path = files / f"twice{kind}"
+    write = gzip.open if kind.endswith("gz") else open
+    for header, message in (
+        ("user,item,score,score", "'score' stands more than once"),
+        ("user,item,a,a_duplicated_0", "no numeric column 'score'"),
+    ):
+        with write(path, "wt") as file:
+            file.write(f'{header}\nu0,"0",1,2\n')
+        with pytest.raises(DataError, match=message):
+            read_systems((path,), Candidates.read(files / "test.parquet"))
+
+
+def test_a_file_name_that_is_no_text_is_refused(files):
+    path = Path(os.fsdecode(os.fsencode(files) + b"/caf\xe9.parquet"))
+    (files / "scores/good.parquet").rename(path)
+    with pytest.raises(DataError, match=r"udce9\.parquet': the name of the file is not UTF-8; rename it"):
+        rank_report(RankReportConfig((path,), files / "test.parquet"))
+    result = run(ROOT / "eval/rank_report.py", path, "--candidates", files / "test.parquet", cwd=files)
+    assert result.returncode and "Traceback" not in result.stderr and "not UTF-8" in result.stderr
+
+
 def test_hostile_names_stay_names(tmp_path, capsys):
     figures = [{"system": HOSTILE, "metric": "mrr", "value": 0.5, "p": float("nan"), "d": float("inf")}]
     table = tables.Table(

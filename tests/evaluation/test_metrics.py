@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -206,6 +207,9 @@ def test_lists_of_one_user_are_averaged_before_users():
     [
         ("ndgc@10", "no metric 'ndgc@10'; the nearest is 'ndcg'"),
         *((f"ndcg@{cutoff}", "a cutoff must be a whole number of at least 1") for cutoff in ("", 0, -1, 1.5)),
+        ("NDCG@10", "no metric 'NDCG@10'; the nearest is 'ndcg@10'"),
+        ("MRR", "the nearest is 'mrr'"),
+        *((f"hr@{cutoff}", r"a cutoff must be at most 10\^9") for cutoff in (10**9 + 1, 10**30, "9" * 5000)),
         ("auc@5", "takes no cutoff"),
         *((name, f"'{name}' needs a cutoff, as in '{name}@10'") for name in ("hr", "recall", "precision")),
     ],
@@ -219,6 +223,16 @@ def test_unknown_metrics_are_refused(name, message):
 def test_cutoffs_are_refused_as_cutoffs(k):
     with pytest.raises(DataError, match=rf"cutoff {k}: cutoffs \(--ks\) must be whole numbers"):
         compute_metrics(rank_score_matrix(np.eye(2), np.array([0, 1])), (10, k))
+
+
+def test_huge_cutoffs_and_lists_are_refused():
+    records = rank_score_matrix(np.eye(2), np.array([0, 1]))
+    for k in (10**9 + 1, 10**30):
+        with pytest.raises(DataError, match=r"at most 10\^9"):
+            compute_metrics(records, (10, k))
+    assert compute_metrics(records, (10**9,)).mean()["hr@1000000000"] == 1
+    with pytest.raises(DataError, match="a list of 4294967296 candidates"):
+        compute_metrics(replace(records, n=np.array([3, 2**32])))
 
 
 def test_lists_that_repeat_are_measured_once_with_the_same_result(monkeypatch):

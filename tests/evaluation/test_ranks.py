@@ -250,6 +250,12 @@ def test_shapes_that_do_not_fit_are_refused():
         (lambda: rank_score_matrix(scores, np.array([[1, 0, 0], [0, 0, 0]])), "user 1"),
         (lambda: rank_score_matrix(scores, np.full((2, 3), 2)), "0 or 1"),
         (lambda: rank_score_matrix(scores, np.zeros(3, int)), "expected"),
+        (lambda: rank_score_matrix(scores, np.zeros(2, int), users=["a"]), "1 ids for 2 lists"),
+        (lambda: rank_score_matrix(scores, np.zeros(2, int), users=["a", None]), "number 1 is missing"),
+        (lambda: rank_score_matrix(scores, np.zeros(2, int), users=np.zeros((2, 2))), "users: ids are"),
+        (lambda: rank_score_matrix(scores, np.zeros(2, int), items=["a", "b", "c"]), "items .3,. and scores"),
+        (lambda: rank_score_matrix(scores, np.zeros(2, int), items=[["a"], ["b", "c"]]), "items: no array"),
+        (lambda: rank_full(scores, csr([[0], [1]]), 3, users=["a", None]), "number 1 is missing"),
         (lambda: top_k(scores, 4, 2, 3), "k is 4"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -284,6 +290,10 @@ def test_records_survive_the_disk(tmp_path):
         ([("a", "x", 0, 1, 3), ("a", "y", 1, 1, 4)], "n differs"),
         ([("a", "x", 0, 1, 3), ("a", "y", 0, 1, 3)], "contradicts"),
         ([("a", "x", 0, 2, 3), ("a", "y", 0, 3, 3)], "contradicts"),
+        ([("a", "y", 1, 1, 9), ("b", "x", 0, 1, 9), ("a", "x", 0, 2, 9)], "contradicts.*stands higher"),
+        ([("a", "x", 0, 1, 9), ("a", "y", 2, 3, 9), ("a", "z", 2, 3, 9), ("a", "w", 4, 1, 9)], "contradicts"),
+        ([("a", "x", 0, 1, 2**31 + 1)], "row 0 .*at most"),
+        ([("a", "x", 2**63 - 1, 1, 3)], "row 0 .*at most"),
     ],
 )
 def test_impossible_records_are_refused(tmp_path, rows, message):
@@ -296,6 +306,52 @@ def test_impossible_records_are_refused(tmp_path, rows, message):
     if "row" not in message:
         replace(records, lists="target").save(tmp_path / "r.parquet")
         RankRecords.load(tmp_path / "r.parquet")
+
+
+def test_consistent_tie_groups_and_narrow_integers_are_read(tmp_path):
+    rows = [
+        ("a", "z", 5, 1, 9),
+        ("a", "x", 0, 2, 9),
+        ("b", "x", 1, 1, 9),
+        ("a", "w", 2, 3, 9),
+        ("a", "y", 0, 2, 9),
+    ]
+    metadata = {"recllm.protocol": "p", "recllm.system": "s", "recllm.lists": "user"}
+    table = pl.DataFrame(rows, schema=["user", "item", "above", "tied", "n"], orient="row")
+    table.write_parquet(tmp_path / "r.parquet", metadata=metadata)
+    assert RankRecords.load(tmp_path / "r.parquet").above.tolist() == [5, 0, 1, 2, 0]
+    wraps = pl.DataFrame({"user": ["a"], "item": ["x"], "above": [200], "tied": [100], "n": [250]})
+    for kind in (pl.UInt8, pl.UInt64):
+        wraps.cast({"above": kind, "tied": kind, "n": kind}).write_parquet(
+            tmp_path / "r.parquet", metadata=metadata
+        )
+        with pytest.raises(DataError, match="row 0"):
+            RankRecords.load(tmp_path / "r.parquet")
+    huge = wraps.with_columns(n=pl.lit(2**64 - 1, pl.UInt64))
+    huge.write_parquet(tmp_path / "r.parquet", metadata=metadata)
+    with pytest.raises(DataError, match=r"row 0 .*at most"):
+        RankRecords.load(tmp_path / "r.parquet")
+
+
+def test_all_entrances_compare_wide_numbers_as_float64():
+    near = np.array([[2**53, 2**53 + 1, 0], [2**60 + 1, 2**60, 2**60 + 2]])
+    wide = np.array([[1, 1, 0], [1, 1, 1]], np.longdouble)
+    wide[:, 1] += np.longdouble(1e-18)
+    for scores in (near, near.astype(np.uint64), wide):
+        lists = [(u, i, int(i == 0), scores[u, i].item()) for u in range(2) for i in range(3)]
+        kind = pl.Float64 if scores.dtype == np.longdouble else pl.Int64
+        if kind == pl.Float64:
+            lists = [(*row[:3], float(row[3])) for row in lists]
+        schema = {"user": pl.Int64, "item": pl.Int64, "label": pl.Int64, "score": kind}
+        table = pl.DataFrame(lists, schema=schema, orient="row")
+        wanted = frame(rank_candidates(table.drop("score"), table.drop("label")))
+        assert wanted["tied"].to_list() == [2, 3]
+        seen = csr([[2], [2]])
+        assert frame(rank_score_matrix(scores, np.zeros(2, int))).equals(wanted)
+        assert frame(rank_full(scores, csr([[0], [0]]), 3)).equals(wanted)
+        assert rank_full(scores, csr([[0], [0]]), 3, seen=seen).tied.tolist() == [2, 2]
+    with pytest.raises(DataError, match="expected real numbers"):
+        rank_score_matrix(np.array([["a", "b"]]), np.zeros(1, int))
 
 
 def test_repeated_users_own_several_lists_or_are_refused():

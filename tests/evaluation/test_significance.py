@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -10,7 +11,9 @@ from scipy import stats
 
 from recllm.errors import DataError
 from recllm.evaluation import RankRecords, bootstrap_means, compare, compute_metrics, holm, sign_flip_test
-from recllm.evaluation.significance import cohen_dz, paired_t, rank_biserial, wilcoxon
+from recllm.evaluation.commands import report_table
+from recllm.evaluation.inputs import System
+from recllm.evaluation.significance import cohen_dz, paired_differences, paired_t, rank_biserial, wilcoxon
 
 
 def ranked(above, system="a", protocol="p", users=None, n=21) -> RankRecords:
@@ -101,6 +104,83 @@ def test_the_order_of_records_does_not_matter():
     b = RankRecords(b.user, pl.Series([f"i{i}" for i in order]), b.above, b.tied, b.n, "target", "p", "b")
     assert all(c.difference == 0 and c.permutation_p == 1 for c in compare(a, b))
     assert compute_metrics(a).per_user().equals(compute_metrics(b).per_user())
+
+
+def test_rounding_noise_is_no_difference():
+    rng = np.random.default_rng(0)
+    b = rng.random(300)
+    noisy = b + rng.normal(1e-16, 1e-16, 300)
+    d = paired_differences(noisy, b)
+    assert not d.any() and not np.signbit(d).any() and (noisy != b).any()
+    assert paired_differences(noisy + 0.25, b).tolist() == [0.25] * 300  # equal ones are one tie
+    assert paired_differences(np.array([3e-12, np.nan]), np.zeros(2))[0] == 3e-12
+
+
+def lists_of_users(order, system) -> RankRecords:
+    """300 users with 7 lists each, the same ones in whatever order they are stored."""
+    rng = np.random.default_rng(3)
+    above = rng.integers(0, 20, 2100)
+    users, items = np.repeat(np.arange(300), 7), np.arange(2100)
+    columns = above[order], np.ones(2100, int), np.full(2100, 21)
+    names = pl.Series(users[order].astype(str)), pl.Series(items[order].astype(str))
+    return RankRecords(*names, *columns, lists="target", protocol="p", system=system)
+
+
+def test_equal_systems_stored_in_another_order_are_equal():
+    rng = np.random.default_rng(4)
+    a, b = (
+        lists_of_users(order, name) for name, order in (("a", np.arange(2100)), ("b", rng.permutation(2100)))
+    )
+    assert compute_metrics(a).per_user().equals(compute_metrics(b).per_user())
+    for one in compare(a, b, names=["ndcg@10", "mrr", "auc"], resamples=500):
+        assert (one.difference, one.low, one.high, one.cohen_dz, one.rank_biserial) == (0, 0, 0, 0, 0)
+        assert (one.t_p, one.wilcoxon_p, one.permutation_p) == (1, 1, 1)
+
+
+def test_no_table_marks_a_system_for_rounding_noise(monkeypatch):
+    from recllm.evaluation import metrics
+
+    plain, rng = metrics.Metrics._averaged, np.random.default_rng(5)
+    noise = (pl.col(pl.Float64) + pl.lit(pl.Series(rng.normal(-1e-16, 1e-17, 300)))).clip(0)
+    monkeypatch.setattr(
+        metrics.Metrics,
+        "_averaged",
+        lambda self: plain(self).with_columns(noise) if self.system == "a" else plain(self),
+    )
+    a, b = (lists_of_users(np.arange(2100), name) for name in "ab")
+    assert [one.permutation_p for one in compare(a, b, names=["ndcg@10"], resamples=200)] == [1]
+    table = report_table(
+        [System(Path(x.system), x, None) for x in (a, b)], names=("ndcg@10", "auc"), resamples=200
+    )
+    assert not any("†" in cell for row in table.rows for cell in row)
+    assert table.bold == {(0, 1), (1, 1)}  # of equal systems the first
+
+
+@pytest.mark.parametrize("kind", [pl.Int64, pl.Categorical, pl.Enum])
+def test_users_are_paired_by_their_names_whatever_kind_their_ids_are(kind):
+    above = np.random.default_rng(6).integers(0, 20, 30)
+    names = [str(u) for u in range(30)]  # "10" sorts before "9"
+    if kind == pl.Int64:
+        other = pl.Series(range(30))
+    else:
+        other = pl.Series(names, dtype=pl.Enum(names[::-1]) if kind == pl.Enum else kind)
+    a, b = ranked(above, users=names), ranked(above, "b", users=other)
+    assert all(c.difference == 0 and c.permutation_p == 1 and c.users == 30 for c in compare(a, b))
+    table = report_table([System(Path(x.system), x, None) for x in (a, replace(b, above=above // 2))])
+    same = report_table(
+        [System(Path(x.system), x, None) for x in (a, replace(b, above=above // 2, user=a.user))]
+    )
+    np.testing.assert_equal(table.records, same.records)
+
+
+def test_records_are_compared_as_often_as_they_stand():
+    def twice(items, system):
+        columns = np.zeros(3, int), np.ones(3, int), np.full(3, 9)
+        return RankRecords(pl.Series(["u"] * 3), pl.Series(items), *columns, lists="target", system=system)
+
+    with pytest.raises(DataError, match="b lacks 1 of 3 records of a, the first is user 'u', item 'x'"):
+        compare(twice(["x", "x", "y"], "a"), twice(["x", "y", "y"], "b"))
+    compare(twice(["x", "x", "y"], "a"), twice(["y", "x", "x"], "b"))
 
 
 @pytest.mark.parametrize(

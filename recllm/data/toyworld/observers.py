@@ -2,7 +2,8 @@
 
 Apart from `recent`, an observer ranks candidates by the exact probability that the user picks them, given
 what the observer knows. No scorer with the same knowledge has a higher expected AUC, so an observer is the
-ceiling for every model that lacks what it lacks. They read the answer key; models must not.
+ceiling for every model that lacks what it lacks (`order_blind` but for about .01 AUC, as it says). They read
+the answer key; models must not.
 """
 
 from __future__ import annotations
@@ -105,9 +106,11 @@ def order_blind(view: View) -> np.ndarray:
     many interactions are still to come (a protocol such as leave-one-out gives that away), and mixes the
     choice probabilities of the tastes by their exact posterior weights of being the present one. A model that
     sees the history as a bag has to infer the tastes, which this observer is given, so the observer bounds
-    all such models (mean profiles, sums, attention without positions). At the last interaction of a user the
-    posterior is uniform. One thing it leaves unused: which items are gone hints faintly at the order in which
-    the tastes came.
+    all such models (mean profiles, sums, attention without positions), but for one thing that it leaves
+    unused: which items are already gone hints faintly at the order in which the tastes came. A model that
+    used that in full could stand up to about .01 AUC above it (measured by sampling orders with a Markov
+    chain), so a test that a model reads the order should ask for a margin beyond that. At the last
+    interaction of a user the posterior is uniform.
     """
     key = view.key
     begun, left = key.phase[view.user, view.position] + 1, key.total[view.user] - view.position - 1
