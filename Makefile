@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 test: $(VENV)/.ready
 	@echo "== lint (seconds)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
-	@echo "== tests (about 3 minutes on two cores)"
+	@echo "== tests (about a minute on two cores)"
 	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.ready
