@@ -37,8 +37,10 @@ def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
         DataError: The source cannot be read, has nothing in it, or (`strict`) has a malformed line.
     """
     for path in (options.source, options.out):
-        if not str(path).isprintable() and "\udc80" <= max(str(path)) <= "\udcff":
-            raise DataError(f"{str(path)!r}: a name with bytes that are not UTF-8; rename it")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{str(path)!r}: a name with bytes that are not UTF-8; rename it") from None
     findings = Findings(strict=options.strict)
     with staged_folder(options.out, overwrite=options.overwrite) as folder:
         workspace = folder / ".workspace"

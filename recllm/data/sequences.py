@@ -112,7 +112,7 @@ def _is_current(folder: Path, split: Split) -> bool:
         return False
     manifest = read_json(folder / MANIFEST, "sequences")
     sizes = {path.name: path.stat().st_size for path in folder.glob("*.npy")}
-    return manifest["made_from"] == _origin(split) and manifest["bytes"] == sizes
+    return manifest.get("made_from") == _origin(split) and manifest.get("bytes") == sizes
 
 
 def _origin(split: Split) -> list[str]:

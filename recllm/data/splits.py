@@ -76,9 +76,9 @@ class Split:
         Raises:
             DataError: The folder is not a split, or the dataset is not the one that was split.
         """
-        folder = Path(os.path.normpath(Path.cwd() / folder)) if ".." in Path(folder).parts else Path(folder)
+        folder = Path(folder)
         manifest = read_json(folder / MANIFEST, "a split (made by `recllm data split`)")
-        place = Path.cwd() / folder
+        place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow symbolic links
         if "protocol" not in manifest or place.parent.name != "splits":
             raise DataError(f"{folder} is not a split; expected DATASET/splits/<name>")
         dataset = dataset or Dataset.open(place.parent.parent)

@@ -29,7 +29,7 @@ def pairs(path: Path, **options: object) -> list[tuple[str, str]]:
     return take(path, **options)[0].interactions.select(PAIR).rows()
 
 
-def refused(path: Path, message: str, **options: object) -> None:
+def assert_refused(path: Path, message: str, **options: object) -> None:
     """Checks that an import fails with this message and leaves nothing behind, not even a hidden folder."""
     before = sorted(entry.name for entry in path.parent.iterdir())
     with pytest.raises(DataError, match=message):

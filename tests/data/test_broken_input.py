@@ -15,7 +15,7 @@ import pytest
 from recllm.data.importing import import_dataset
 from recllm.data.readers import Amazon
 from recllm.errors import DataError
-from tests.data.imports import pairs, put, refused, take
+from tests.data.imports import assert_refused, pairs, put, take
 
 # ---------------------------------------------------------------------------- malformed lines
 
@@ -32,7 +32,9 @@ def test_malformed_lines_are_counted_and_the_first_five_shown(tmp_path: Path) ->
     assert [text.split(":")[0] for text in shown] == [f"log.csv, line {line}" for line in range(12, 17)]
     assert "... and 2 more" in "\n".join(findings.lines())
     assert dataset.manifest["dropped"]["left_out"]["malformed lines in log.csv"]["rows"] == 7
-    refused(path, "line 12: expected 3 fields, found 2.*without --strict such rows are counted", strict=True)
+    assert_refused(
+        path, "line 12: expected 3 fields, found 2.*without --strict such rows are counted", strict=True
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,18 +60,22 @@ def test_each_bad_row_is_named_by_its_line(tmp_path: Path, line: str, problem: s
     ]
     assert sum(findings.left_out.values()) == 1
     assert problem in str(findings.examples) and "line 4" in str(findings.examples)
-    refused(path, "line 4", strict=True)
+    assert_refused(path, "line 4", strict=True)
 
 
 def test_a_log_without_a_readable_row_is_an_error(tmp_path: Path) -> None:
-    refused(put(tmp_path / "empty.csv", ""), r"empty\.csv is empty")
-    refused(put(tmp_path / "header.csv", "user,item\n"), r"header\.csv has no rows that could be read")
-    refused(put(tmp_path / "short.csv", "user,item\na\nb\n"), r"no rows.*malformed lines in short\.csv")
-    refused(put(tmp_path / "blank.csv", "user,item\n,\n,\n"), r"blank\.csv: no interaction could be read")
-    refused(put(tmp_path / "empty.jsonl", ""), "missing column 'user', 'item'")
+    assert_refused(put(tmp_path / "empty.csv", ""), r"empty\.csv is empty")
+    assert_refused(put(tmp_path / "header.csv", "user,item\n"), r"header\.csv has no rows that could be read")
+    assert_refused(
+        put(tmp_path / "short.csv", "user,item\na\nb\n"), r"no rows.*malformed lines in short\.csv"
+    )
+    assert_refused(
+        put(tmp_path / "blank.csv", "user,item\n,\n,\n"), r"blank\.csv: no interaction could be read"
+    )
+    assert_refused(put(tmp_path / "empty.jsonl", ""), "missing column 'user', 'item'")
     items = put(tmp_path / "items.csv", "item,title\nz,Z\n")
     path = put(tmp_path / "log.csv", "user,item\nu,a\n")
-    refused(path, "no item id of log.csv", items_file=items, unknown_items="drop")
+    assert_refused(path, "no item id of log.csv", items_file=items, unknown_items="drop")
 
 
 # ---------------------------------------------------------------------------- CSV as it comes
@@ -120,16 +126,22 @@ def test_odd_column_names_are_kept_however_the_file_is_read(tmp_path: Path) -> N
 
 
 def test_header_faults_are_errors(tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         put(tmp_path / "twice.csv", "user,item,item\na,b,c\n"),
         "must name each column once; found: user, item, item",
     )
-    refused(put(tmp_path / "blank.csv", "user,,item\na,b,c\n"), "must name each column once")
-    refused(put(tmp_path / "other.csv", "uid,iid\na,b\n"), "missing column 'user', 'item'; found: uid, iid")
-    refused(put(tmp_path / "semi.csv", "user;item\na;b\n"), "missing column 'user', 'item'; found: user;item")
-    refused(put(tmp_path / "wide.csv", "user,item\na,b\n".encode("utf-16")), "is UTF-16 text, not UTF-8")
-    refused(put(tmp_path / "mac.csv", "user,item\ra,b\rc,d\r"), "lines end in carriage returns alone")
-    refused(put(tmp_path / "star.csv", "user,item,*\na,b,c\n"), r"column name '\*' cannot be kept")
+    assert_refused(put(tmp_path / "blank.csv", "user,,item\na,b,c\n"), "must name each column once")
+    assert_refused(
+        put(tmp_path / "other.csv", "uid,iid\na,b\n"), "missing column 'user', 'item'; found: uid, iid"
+    )
+    assert_refused(
+        put(tmp_path / "semi.csv", "user;item\na;b\n"), "missing column 'user', 'item'; found: user;item"
+    )
+    assert_refused(
+        put(tmp_path / "wide.csv", "user,item\na,b\n".encode("utf-16")), "is UTF-16 text, not UTF-8"
+    )
+    assert_refused(put(tmp_path / "mac.csv", "user,item\ra,b\rc,d\r"), "lines end in carriage returns alone")
+    assert_refused(put(tmp_path / "star.csv", "user,item,*\na,b,c\n"), r"column name '\*' cannot be kept")
 
 
 def test_bytes_that_are_no_utf_8(tmp_path: Path) -> None:
@@ -158,7 +170,7 @@ def test_a_file_cut_short_is_an_error(tmp_path: Path, suffix: str, pack, cut: fl
     rows = "".join(f"user{n * 7919 % 1009},item{n * 104729 % 977}\n" for n in range(5000))
     packed = pack(("user,item\n" + rows).encode())
     path = put(tmp_path / f"log.csv{suffix}", packed[: int(len(packed) * cut)])
-    refused(path, rf"log\.csv{suffix} is cut short or damaged.*fetch the file again")
+    assert_refused(path, rf"log\.csv{suffix} is cut short or damaged.*fetch the file again")
 
 
 def test_a_cut_file_of_json_lines_leaves_the_old_dataset(tmp_path: Path) -> None:
@@ -177,13 +189,13 @@ def test_a_cut_file_of_json_lines_leaves_the_old_dataset(tmp_path: Path) -> None
 
 def test_no_archive_at_all_and_archives_of_several_files(tmp_path: Path) -> None:
     for suffix in (".gz", ".bz2", ".xz", ".zip"):
-        refused(
+        assert_refused(
             put(tmp_path / f"plain.csv{suffix}", "user,item\na,b\n"), "is (cut short or )?damaged|cut short"
         )
     with zipfile.ZipFile(tmp_path / "two.csv.zip", "w") as archive:
         archive.writestr("a.csv", "user,item\na,b\n")
         archive.writestr("b.csv", "user,item\na,b\n")
-    refused(tmp_path / "two.csv.zip", "holds 2 files; unpack it and give the one to read")
+    assert_refused(tmp_path / "two.csv.zip", "holds 2 files; unpack it and give the one to read")
 
 
 # ---------------------------------------------------------------------------- times
@@ -203,7 +215,7 @@ def test_mixed_units_are_an_error_unless_one_is_named(tmp_path: Path) -> None:
     path = put(
         tmp_path / "log.csv", "user,item,timestamp\na,1,1500000000\nb,1,1600000000000\nc,1,1600000000001\n"
     )
-    refused(path, r"several units \(1 look like s, 2 look like ms\)")
+    assert_refused(path, r"several units \(1 look like s, 2 look like ms\)")
     dataset, _ = take(path, timestamp_unit="ms")
     assert dataset.interactions["timestamp"].to_list() == [1_500_000, 1_600_000_000, 1_600_000_000]
 
@@ -215,13 +227,13 @@ def test_a_row_without_a_readable_time_is_kept(tmp_path: Path) -> None:
     assert dataset.interactions["timestamp"].null_count() == 2 and len(dataset.interactions) == 10
     assert findings.kept == {"interactions without a readable time": 2}
     assert "log.csv, line 10: timestamp 'soon'" in findings.examples["interactions without a readable time"]
-    refused(path, "without a readable time: log.csv, line 10", strict=True)
-    refused(
+    assert_refused(path, "without a readable time: log.csv, line 10", strict=True)
+    assert_refused(
         put(tmp_path / "none.csv", "user,item,timestamp\na,1,soon\nb,1,late\n"),
         "neither numbers nor ISO 8601",
     )
     mostly = "user,item,timestamp\na,1,1500000000\nb,1,late\nc,1,never\n"
-    refused(put(tmp_path / "mostly.csv", mostly), "2 of 3 rows have no time that can be read")
+    assert_refused(put(tmp_path / "mostly.csv", mostly), "2 of 3 rows have no time that can be read")
 
 
 # ---------------------------------------------------------------------------- repeated pairs
@@ -241,7 +253,7 @@ def test_repeated_pairs_by_policy(tmp_path: Path) -> None:
     assert notes("first") == ["b", "early"]
     assert notes("last") == ["b", "tie"]
     assert notes("keep") == ["late", "b", "early", "tie"]
-    refused(path, "user 'u', item 'a'.*2", duplicates="error")
+    assert_refused(path, "user 'u', item 'a'.*2", duplicates="error")
     take(path, strict=True)  # a policy is no fault
 
 
@@ -304,7 +316,7 @@ def test_a_log_without_times_says_what_stands_for_them(tmp_path: Path) -> None:
 
 
 def test_another_separator_and_no_rows_are_told(tmp_path: Path) -> None:
-    refused(
+    assert_refused(
         put(tmp_path / "semicolon.csv", "user;item\na;b\n"), r"found: user;item; if ';' stands .* --separator"
     )
-    refused(put(tmp_path / "head.csv", "user,item\n"), r"head.csv has no rows that could be read$")
+    assert_refused(put(tmp_path / "head.csv", "user,item\n"), r"head.csv has no rows that could be read$")

@@ -14,7 +14,7 @@ import pytest
 from recllm.data.importing import import_dataset
 from recllm.data.readers import Table
 from recllm.errors import DataError
-from tests.data.imports import pairs, put, refused, take
+from tests.data.imports import assert_refused, pairs, put, take
 
 
 def test_spaces_around_numbers_do_not_matter(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_an_item_that_the_items_table_lacks_keeps_its_image(tmp_path: Path) -> N
 
 def test_images_of_an_item_stand_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     path = put(tmp_path / "log.csv", "user,item\nu,a\n")
-    for number in range(12):
+    for number in (*range(12), "²"):  # the last is a digit, but no number
         put(tmp_path / "images" / f"a_{number}.jpg", "jpeg")
     dataset, _ = take(path, images=tmp_path / "images")
     assert dataset.items["images"][0].to_list() == [f"images/a_{number}.jpg" for number in range(12)]
@@ -66,7 +66,7 @@ def test_ids_lose_a_point_zero_only_where_all_have_it(tmp_path: Path) -> None:
 def test_a_time_of_day_is_no_timestamp_and_a_categorical_rating_is_one(tmp_path: Path) -> None:
     log = pl.DataFrame({"user": ["u"], "item": ["a"], "timestamp": [time(12)]})
     log.write_parquet(tmp_path / "log.parquet")
-    refused(tmp_path / "log.parquet", "the timestamp column is of type Time")
+    assert_refused(tmp_path / "log.parquet", "the timestamp column is of type Time")
     log = log.with_columns(rating=pl.Series(["4"], dtype=pl.Categorical)).drop("timestamp")
     log.write_parquet(tmp_path / "log.parquet")
     assert take(tmp_path / "log.parquet")[0].interactions["rating"].to_list() == [4.0]
@@ -76,6 +76,9 @@ def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     path = put(tmp_path / "log.csv", "user,item\nu,a\n")
     with pytest.raises(DataError, match="bytes that are not UTF-8"):
         import_dataset(Table(path, tmp_path / os.fsdecode(b"o\xff")))
+    with pytest.raises(DataError, match="bytes that are not UTF-8"):
+        import_dataset(Table(path, tmp_path / os.fsdecode("\U0001f600".encode() + b"\xff")))
+    assert import_dataset(Table(path, tmp_path / "\U0001f600"))[0].folder.exists()
 
 
 def test_a_terminal_without_the_letters_of_an_id_does_not_end_the_run(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from recllm.data.importing import import_dataset
 from recllm.data.readers import ItemSequences, MovieLens
 from recllm.errors import DataError
-from tests.data.imports import PAIR, put, refused, take
+from tests.data.imports import PAIR, assert_refused, put, take
 
 # ---------------------------------------------------------------------------- JSON lines
 
@@ -41,7 +41,7 @@ def test_broken_json_lines_are_counted_one_by_one(tmp_path: Path) -> None:
     assert findings.examples["malformed lines in log.jsonl"][0].startswith(
         "log.jsonl, line 2: JSONDecodeError"
     )
-    refused(tmp_path / "log.jsonl", "log.jsonl, line 2", strict=True)
+    assert_refused(tmp_path / "log.jsonl", "log.jsonl, line 2", strict=True)
 
 
 def test_odd_values_in_json_lines(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_odd_values_in_json_lines(tmp_path: Path) -> None:
     assert dataset.interactions["rating"].to_list() == [None, 4.0, None]
     assert sum(findings.left_out.values()) == 2
     many = "".join(json.dumps({"user": "u", "item": "a", f"key{n}": n}) + "\n" for n in range(2000))
-    refused(put(tmp_path / "keys.jsonl", many), "more than 1,000 different field names")
+    assert_refused(put(tmp_path / "keys.jsonl", many), "more than 1,000 different field names")
 
 
 # ---------------------------------------------------------------------------- hostile ids and paths
@@ -142,13 +142,15 @@ def test_image_paths_that_climb_out_are_refused_and_counted(tmp_path: Path) -> N
     assert held == {"images/inner.jpg", "images/ok.jpg"}
     assert not any(entry.is_symlink() for entry in dataset.folder.rglob("*"))
     assert all(b"secret" not in (dataset.folder / name).read_bytes() for name in held)
-    refused(path, "leave the image folder", items_file=items, images=images, image_column="path", strict=True)
+    assert_refused(
+        path, "leave the image folder", items_file=items, images=images, image_column="path", strict=True
+    )
 
 
 def test_an_image_pattern_must_name_the_item(tmp_path: Path) -> None:
     path = put(tmp_path / "log.csv", "user,item\nu,a\n")
     (tmp_path / "images").mkdir()
-    refused(path, r"has no \{item\} in it", images=tmp_path / "images", image_pattern="cover.jpg")
+    assert_refused(path, r"has no \{item\} in it", images=tmp_path / "images", image_pattern="cover.jpg")
 
 
 def test_hostile_ids_in_other_formats(tmp_path: Path) -> None:
@@ -168,9 +170,9 @@ def test_hostile_ids_in_other_formats(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_folder_as_source(tmp_path: Path) -> None:
-    refused(put(tmp_path / "a" / "log.csv", "x").parent, "is a folder; give the file in it")
+    assert_refused(put(tmp_path / "a" / "log.csv", "x").parent, "is a folder; give the file in it")
     os.mkfifo(tmp_path / "pipe.csv")
-    refused(tmp_path / "pipe.csv", "no such file")
+    assert_refused(tmp_path / "pipe.csv", "no such file")
 
 
 # ---------------------------------------------------------------------------- whatever a CSV writer writes

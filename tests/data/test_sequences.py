@@ -109,6 +109,8 @@ def test_a_changed_split_and_a_truncated_file_are_rebuilt(small_dataset):
     split = make_split(small_dataset, options)
     second = open_sequences(split, "train").items.copy()
     assert first.tolist() != second.tolist()
+    (split.folder / "sequences" / "train" / "manifest.json").write_text("{}")
+    assert open_sequences(split, "train").items.tolist() == second.tolist()
     path = split.folder / "sequences" / "train" / "items.npy"
     path.write_bytes(path.read_bytes()[:-8])
     assert open_sequences(split, "train").items.tolist() == second.tolist()

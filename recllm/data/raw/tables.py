@@ -175,7 +175,7 @@ def images_by_item(
         for name in names:
             stem = name.rsplit(".", 1)[0]
             head, _, number = stem.rpartition("_")
-            item = stem if stem in known else head if head in known and number.isdigit() else None
+            item = stem if stem in known else head if head in known and number.isdecimal() else None
             if item is not None:
                 by_item.setdefault(item, []).append((int(number) if item != stem else -1, name))
         unused = len(names) - sum(map(len, by_item.values()))
