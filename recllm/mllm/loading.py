@@ -1,0 +1,353 @@
+"""Models by name: `load` takes a local folder, a hub id or `tiny`; with quantization and adapter."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from recllm.errors import DataError
+from recllm.mllm.checkpoints import Checkpoint, check_architecture, check_model_folder, find_checkpoint
+from recllm.mllm.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from recllm.mllm.token_budget import ImageTokens
+
+DEFAULT_MAX_PIXELS = 200_704
+"""Pixels of an image unless asked otherwise: 256 tokens of 28 x 28. Qwen2-VL's own bound of 12.8 million, or
+16,384 tokens an image, is what memory runs out of; this one is ours."""
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Which model, and how it is loaded."""
+
+    model: str = "tiny"
+    """A local folder, a hub id such as Qwen/Qwen2-VL-2B-Instruct, or `tiny`, the embedded model."""
+    adapter: str | None = None
+    """A LoRA adapter trained on that model: a local folder or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the weights; `auto` is the one they were saved in."""
+    device_map: str | None = None
+    """`auto` (spread over all accelerators), `cpu`, `cuda:1`, ...; by default this process's accelerator."""
+    attn_implementation: str | None = None
+    """`sdpa`, `eager`, `flash_attention_2`, ...; by default what transformers chooses."""
+    quantization: Literal["nf4"] | None = None
+    """`nf4`: the language model's layers in 4 bits (QLoRA); vision tower, projector and lm_head are left."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    min_pixels: int | None = None
+    """Smaller images are enlarged to this many pixels; by default the model's own setting."""
+    max_pixels: int | None = None
+    """Larger images are reduced to this many pixels; by default 200,704 (256 tokens of Qwen2-VL), or less."""
+
+    def load(self, *, training: bool = False) -> LoadedModel:
+        """Loads the model; see `recllm.mllm.loading.load`."""
+        options = asdict(self)
+        return load(options.pop("model"), training=training, **options)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its processor, and what the rest of recllm asks about it.
+
+    Attributes:
+        model: The transformers model, or peft's around it where there is an adapter.
+        processor: Its processor; the tokenizer pads on the left and never truncates.
+        identity: What decides an answer besides request and decoding; JSON types only.
+    """
+
+    model: Any
+    processor: Any
+    identity: dict[str, Any]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def base_model(self) -> Any:
+        """The transformers model itself; adapters are layers within it."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @cached_property
+    def special_tokens(self) -> tuple[str, ...]:
+        """Tokens that data must never write: special ones, and added ones that the chat template uses."""
+        template = self.processor.chat_template
+        added = self.tokenizer.added_tokens_decoder.values()
+        used = {
+            token.content
+            for token in added
+            if token.special or (token.content in template and not token.content.isspace())
+        }
+        return tuple(sorted(used | set(self.tokenizer.all_special_tokens)))
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """The ids of `special_tokens`."""
+        return frozenset(self.tokenizer.convert_tokens_to_ids(list(self.special_tokens)))
+
+    @cached_property
+    def special_tokens_of_shape(self) -> dict[Any, dict[int, int]]:
+        """What `recllm.mllm.rendering.render` has found out about chats of each form so far."""
+        return {}
+
+    @cached_property
+    def image_token_id(self) -> int:
+        """The token that stands in `input_ids` once for each visual feature."""
+        return self.base_model.config.image_token_id
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the model's and the tokenizer's."""
+        own = self.base_model.generation_config.eos_token_id
+        ids = set(own if isinstance(own, list) else [own]) | {self.tokenizer.eos_token_id}
+        return tuple(sorted(ids - {None}))
+
+    @cached_property
+    def max_positions(self) -> int:
+        """The longest prompt and answer together, in tokens."""
+        return self.base_model.config.get_text_config().max_position_embeddings
+
+    @cached_property
+    def images(self) -> ImageTokens:
+        """Decodes image files to the processor's size and counts their tokens."""
+        from recllm.mllm.token_budget import ImageTokens
+
+        return ImageTokens(self.processor)
+
+
+def load(
+    name: str | Path,
+    *,
+    adapter: str | Path | None = None,
+    dtype: str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    attn_implementation: str | None = None,
+    quantization: Literal["nf4"] | None = None,
+    revision: str | None = None,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    training: bool = False,
+) -> LoadedModel:
+    """Loads a multimodal model with its processor, ready for inference (or for training).
+
+    Only safetensors are read and no code of a repository is run.
+
+    Args:
+        name: A local folder, a hub id, or `tiny` (see `recllm.mllm.tiny`).
+        adapter: A LoRA adapter that was trained on this model.
+        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        device_map: As transformers takes it. None: the accelerator of this process (`LOCAL_RANK`) where there
+            is one, else the CPU; in training without quantization the CPU, for the trainer moves the model.
+        attn_implementation: As transformers takes it; None for its choice.
+        quantization: `nf4`, see `recllm.mllm.quantization`.
+        revision: Branch, tag or commit of a hub id.
+        min_pixels: Lower bound of an image's pixels; None for the processor's setting.
+        max_pixels: Upper bound of an image's pixels; None for `DEFAULT_MAX_PIXELS`, or for the processor's
+            setting where that is less or sizes are fixed.
+        training: Leave the adapter trainable and the model in training mode.
+
+    Raises:
+        DataError: The model or adapter is missing, incomplete, of a kind that cannot be loaded, or the two do
+            not belong together.
+    """
+    from recllm.mllm.adapters import attach_adapter, check_adapter_acts, check_adapter_folder
+
+    found = find_checkpoint(str(name), revision)
+    config = check_model_folder(found.folder)
+    check_architecture(config, found.folder)
+    if quantization is not None and "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method")
+        raise DataError(f"{name}: its weights are quantized already ({method}); leave quantization out")
+    lora = None
+    if adapter is not None:
+        lora = find_checkpoint(str(adapter))
+        check_adapter_folder(lora.folder, found)
+    processor = read_processor(found.folder, min_pixels, max_pixels)
+    with _quiet_unless_terminal():
+        model = _load_model(found.folder, dtype, device_map, attn_implementation, quantization, training)
+    if found.commit is not None:  # what peft writes into an adapter's config as its base
+        model.name_or_path = found.name
+    if lora is not None:
+        model = attach_adapter(model, lora.folder, training=training)
+    model.train(training)
+    identity = {
+        **checkpoint_identity(found),
+        "adapter": None if lora is None else fingerprint(lora.folder),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": quantization,
+        **pixel_budget(processor),
+    }
+    loaded = LoadedModel(model, processor, identity)
+    if lora is not None:
+        from recllm.mllm.rendering import probe_inputs
+
+        check_adapter_acts(model, probe_inputs(loaded), lora.folder)
+    return loaded
+
+
+def checkpoint_identity(found: Checkpoint) -> dict[str, str]:
+    """Returns what identities say of a checkpoint: its name, and its commit on the hub or a fingerprint."""
+    if found.commit is not None:
+        return {"model": found.name, "revision": found.commit}
+    return {"model": found.name, "fingerprint": fingerprint(found.folder)}
+
+
+def load_processor(
+    name: str | Path, *, min_pixels: int | None = None, max_pixels: int | None = None
+) -> LoadedModel:
+    """Loads the processor of a model and no weights: enough to render chats and to count their tokens.
+
+    Args:
+        name: A local folder, a hub id, or `tiny`.
+        min_pixels: As for `load`.
+        max_pixels: As for `load`.
+
+    Returns:
+        A loaded model whose `model` is None.
+
+    Raises:
+        DataError: As `load`, as far as the processor goes.
+    """
+    found = find_checkpoint(str(name), None)
+    processor = read_processor(found.folder, min_pixels, max_pixels)
+    return LoadedModel(None, processor, {"model": found.name, **pixel_budget(processor)})
+
+
+def pixel_budget(processor: Any) -> dict[str, int | None]:
+    """Returns the pixel budget that a processor has, as identities keep it; None where its size is fixed."""
+    size = processor.image_processor.size
+    return {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
+
+
+def read_processor(folder: Path, min_pixels: int | None, max_pixels: int | None) -> Any:
+    """Loads the processor in a folder, bounds its images, and has it pad on the left and never truncate.
+
+    Raises:
+        DataError: There is none for text and images, or it has no chat template.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{folder}: its processor cannot be loaded: {_first_line(error)}") from error
+    if not hasattr(processor, "tokenizer") or not hasattr(processor, "image_processor"):
+        raise DataError(
+            f"{folder}: has no processor for text and images, only a {type(processor).__name__}; copy "
+            "the processor's files from the model that this one was trained from"
+        )
+    tokenizer = processor.tokenizer
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    if not isinstance(processor.chat_template, str):
+        raise DataError(
+            f"{folder}: no chat template; copy chat_template.jinja from the instruction-tuned model"
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    from recllm.mllm.token_budget import image_settings
+
+    if max_pixels is None and (pixel_budget(processor)["max_pixels"] or 0) > DEFAULT_MAX_PIXELS:
+        max_pixels = max(DEFAULT_MAX_PIXELS, min_pixels or 0)
+    image_settings(processor, min_pixels, max_pixels)
+    return processor
+
+
+def _load_model(
+    folder: Path,
+    dtype: str,
+    device_map: str | dict[str, Any] | None,
+    attn_implementation: str | None,
+    quantization: str | None,
+    training: bool,
+) -> Any:
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from recllm.mllm.quantization import check_nf4, nf4_config
+
+    options: dict[str, Any] = {}
+    if quantization == "nf4":
+        compute = _compute_dtype(dtype)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        options = {"quantization_config": nf4_config(config, compute), "dtype": compute}
+    elif quantization is not None:
+        raise DataError(f"quantization {quantization!r}: expected nf4 or none")
+    else:
+        options = {"dtype": dtype}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    placement = _placement(device_map, by_trainer=training and quantization is None)
+    if placement is not None:
+        options["device_map"] = placement
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"{folder}: the accelerator has too little memory for it ({_first_line(error)}); use "
+            "quantization nf4, device_map auto, or a smaller model"
+        ) from error
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        raise DataError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise DataError(
+            f"{folder}: {len(missing)} of the model's tensors are not in its weight files (for example "
+            f"{missing[0]}), and would be random; download it again"
+        )
+    if quantization == "nf4":
+        check_nf4(model)
+    return model
+
+
+def _placement(device_map: str | dict[str, Any] | None, *, by_trainer: bool) -> str | dict[str, Any] | None:
+    import torch
+
+    if device_map is not None:
+        return device_map
+    if by_trainer or not torch.cuda.is_available():
+        return None
+    return {"": int(os.environ.get("LOCAL_RANK", "0"))}
+
+
+def _compute_dtype(dtype: str) -> Any:
+    import torch
+
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+
+
+@contextmanager
+def _quiet_unless_terminal() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[
+        :300
+    ]

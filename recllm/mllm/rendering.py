@@ -1,0 +1,211 @@
+"""From chats to model inputs: the chat template, the guard against forged turns and images, and padding."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from recllm.errors import DataError
+from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from recllm.mllm.loading import LoadedModel
+
+Shape = tuple[tuple[str, tuple[str, ...]], ...]
+"""A chat without its words: role and kinds of parts of each message."""
+
+
+def render(loaded: LoadedModel, request: Request) -> str:
+    """Returns a chat as the text that the processor takes, one placeholder for each image.
+
+    The guard: the text must have as many special tokens of each kind (those that open and close turns and
+    stand for images among them) as the same chat in which every text is "x". Text from data can then neither
+    open a turn nor add an image, whatever it holds. Ours.
+
+    Raises:
+        DataError: The guard found special tokens in a text, or the chat template refuses the chat.
+    """
+    text = _apply_template(loaded, request.messages, request.id)
+    expected = _special_tokens_of_shape(loaded, _shape_of(request.messages))
+    found = _special_tokens(loaded, text)
+    if found != expected:
+        odd = next(token for token in {**found, **expected} if found.get(token) != expected.get(token))
+        raise DataError(
+            f"request {request.id!r}: a text holds the special token {loaded.tokenizer.decode([odd])!r}, "
+            "which would change the chat's turns or images; put text from data through safe_text"
+        )
+    if text.count(loaded.processor.image_token) != len(request.images):
+        raise DataError(f"request {request.id!r}: the chat template does not show each of its images once")
+    return text
+
+
+def encode(
+    loaded: LoadedModel, requests: Sequence[Request], images: Sequence[Sequence[Image.Image]]
+) -> dict[str, Any]:
+    """Returns the model's inputs for a batch: padded on the left, never cut, on the CPU.
+
+    Args:
+        loaded: The model.
+        requests: The chats.
+        images: The decoded images of each, in the order of its image parts.
+
+    Raises:
+        DataError: See `render`; or a chat has not as many images as image parts.
+    """
+    for request, shown in zip(requests, images, strict=True):
+        if len(shown) != len(request.images):
+            raise DataError(
+                f"request {request.id!r}: {len(shown)} images for {len(request.images)} image parts"
+            )
+    return encode_texts(loaded, [render(loaded, request) for request in requests], images)
+
+
+def encode_texts(
+    loaded: LoadedModel, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
+) -> dict[str, Any]:
+    """Does what `encode` does for texts that `render` returned."""
+    shown = [list(each) for each in images]
+    inputs = loaded.processor(
+        text=list(texts),
+        images=shown if any(shown) else None,
+        padding=True,
+        truncation=False,
+        return_tensors="pt",
+        add_special_tokens=_adds_special_tokens(loaded, texts[0]),
+    )
+    if "image_grid_thw" in inputs:
+        _check_image_tokens(loaded, inputs, [len(each) for each in shown])
+    return inputs
+
+
+def expand(loaded: LoadedModel, text: str, image_sizes: Sequence[tuple[int, int]]) -> str:
+    """Returns a rendered chat with as many image tokens as the processor will put there; no pixel is needed.
+
+    Args:
+        loaded: The model.
+        text: What `render` returned.
+        image_sizes: (width, height) of each image, in pixels.
+    """
+    import torch
+
+    if not image_sizes:
+        return text
+    processor = loaded.processor
+    counts = processor._get_num_multimodal_tokens(
+        image_sizes=[(height, width) for width, height in image_sizes]
+    ).num_image_patches
+    layout = {
+        "image_grid_thw": torch.tensor([[1, 1, count] for count in counts]),  # the Qwen family
+        "num_patches": counts,  # InternVL: crops
+        "num_crops": [0] * len(counts),  # Gemma 3: pan and scan, which is off
+    }
+    replacements = [processor.replace_image_token(layout, image_idx=index) for index in range(len(counts))]
+    return processor.get_text_with_replacements([text], replacements)[0][0]
+
+
+def encode_expanded(loaded: LoadedModel, expanded: Sequence[str]) -> Any:
+    """Returns the inputs of a batch without pixels: the visual tokens come from a visual store.
+
+    Args:
+        loaded: The model.
+        expanded: What `expand` returned.
+    """
+    import torch
+
+    processor = loaded.processor
+    inputs = loaded.tokenizer(
+        list(expanded),
+        padding=True,
+        truncation=False,
+        return_tensors="pt",
+        add_special_tokens=_adds_special_tokens(loaded, expanded[0]),
+    )
+    if getattr(processor, "return_mm_token_type_ids", False):
+        kinds = processor.create_mm_token_type_ids(inputs["input_ids"].tolist())
+        own_name = "mm_token_type_ids" in processor.model_input_names
+        inputs["mm_token_type_ids" if own_name else "token_type_ids"] = torch.tensor(kinds)
+    return inputs
+
+
+def count_tokens(loaded: LoadedModel, expanded: str) -> int:
+    """Returns the exact length in tokens of what `expand` returned, image tokens included."""
+    return len(_tokenize(loaded, expanded))
+
+
+def probe_inputs(loaded: LoadedModel) -> dict[str, Any]:
+    """Returns inputs of a fixed prompt with an image, on the model's device: does an adapter act on it?"""
+    from PIL import Image
+
+    image = Image.linear_gradient("L").resize((112, 112)).convert("RGB")
+    messages = ({"role": "user", "content": [dict(IMAGE_PART), text_part("What is in the image?")]},)
+    text = _apply_template(loaded, messages, "probe")
+    return to_model(loaded, encode_texts(loaded, [text], [[image]]))
+
+
+def to_model(loaded: LoadedModel, inputs: Any) -> dict[str, Any]:
+    """Returns inputs on the model's device, pixels in its number type."""
+    device, dtype = loaded.model.device, loaded.model.dtype
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
+    }
+
+
+def _apply_template(loaded: LoadedModel, messages: Sequence[Message], name: str) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return loaded.processor.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=False
+        )
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"request {name!r}: the model's chat template refuses the chat: {error}") from None
+
+
+def _tokenize(loaded: LoadedModel, text: str) -> list[int]:
+    return loaded.tokenizer(
+        text, add_special_tokens=_adds_special_tokens(loaded, text), truncation=False
+    ).input_ids
+
+
+def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
+    bos = loaded.tokenizer.bos_token
+    return bos is None or not text.startswith(bos)  # the template wrote it already
+
+
+def _special_tokens(loaded: LoadedModel, text: str) -> dict[int, int]:
+    counts = Counter(_tokenize(loaded, text))
+    return {token: count for token, count in counts.items() if token in loaded.special_token_ids}
+
+
+def _special_tokens_of_shape(loaded: LoadedModel, shape: Shape) -> dict[int, int]:
+    if shape not in loaded.special_tokens_of_shape:
+        messages = [
+            {
+                "role": role,
+                "content": [text_part("x") if kind == "text" else dict(IMAGE_PART) for kind in kinds],
+            }
+            for role, kinds in shape
+        ]
+        text = _apply_template(loaded, messages, "x")
+        loaded.special_tokens_of_shape[shape] = _special_tokens(loaded, text)
+    return loaded.special_tokens_of_shape[shape]
+
+
+def _shape_of(messages: Sequence[Message]) -> Shape:
+    return tuple((turn["role"], tuple(part["type"] for part in turn["content"])) for turn in messages)
+
+
+def _check_image_tokens(loaded: LoadedModel, inputs: Any, images_of_row: list[int]) -> None:
+    merged = loaded.processor.image_processor.merge_size**2
+    features = (inputs["image_grid_thw"].prod(-1) // merged).tolist()
+    tokens = (inputs["input_ids"] == loaded.image_token_id).sum(-1).tolist()
+    start = 0
+    for row, count in enumerate(images_of_row):
+        expected = sum(features[start : start + count])
+        start += count
+        if tokens[row] != expected:
+            raise RuntimeError(f"row {row}: {tokens[row]} image tokens for {expected} visual features")

@@ -1,0 +1,309 @@
+"""Projected visual tokens on disk: with a frozen vision tower, each catalog image is encoded once.
+
+A store is a folder: `tokens.bin` (one row a visual token: what the projector gave it, then its deepstack
+features where the model has some; memory-mapped), `index.parquet` (one row an image, by the SHA-256 of its
+file) and `manifest.json`. It belongs to one vision tower and one set of processor settings. Ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+from tqdm import tqdm
+
+from recllm.errors import DataError
+from recllm.files import read_json
+from recllm.mllm.images import ImageError, map_in_threads, read_image_bytes
+from recllm.mllm.token_budget import ImageTokens
+from recllm.mllm.visual_journal import BITS, DTYPES, INDEX, MANIFEST, TOKENS, Journal
+from recllm.mllm.visual_tower import VisionTower, store_identity, unwrapped
+from recllm.runs import describe_run
+
+
+def image_key(path: Path) -> str:
+    """Returns the SHA-256 of an image file's bytes, in hex; hashed once while size and time stay the same.
+
+    Raises:
+        ImageError: The file is missing, empty or not readable.
+    """
+    try:
+        state = Path(path).stat()
+    except (OSError, ValueError):
+        return _key_of(read_image_bytes(path))
+    return _hash_file(str(path), state.st_size, state.st_mtime_ns)
+
+
+def build_visual_store(
+    model: Any,
+    processor: Any,
+    paths: Iterable[Path],
+    out: Path,
+    *,
+    batch_tokens: int = 8192,
+    dtype: str = "bfloat16",
+    workers: int = 2,
+    progress: bool = True,
+) -> VisualStore:
+    """Encodes every image once and writes the store; files with equal bytes are one image.
+
+    Each batch is on disk, synced, before the next begins (in `.<name>.building` beside `out`), so a killed
+    build goes on where it was when it is started again, and ends in the same bytes. Images that cannot be
+    used are named in the manifest with the reason.
+
+    Args:
+        model: A transformers image-text-to-text model, also within a PEFT adapter; runs on its own device.
+        processor: Its processor, with the pixel budget set.
+        paths: Image files.
+        out: The folder to make.
+        batch_tokens: The most visual tokens that the tower encodes at once; an image is never split.
+        dtype: How tokens are stored: `float32`, `bfloat16` or `float16`.
+        workers: Threads that decode images ahead of the tower.
+        progress: Show a bar where there is a terminal.
+
+    Raises:
+        DataError: `out` exists, the model gives something else than visual tokens by image, a value does not
+            fit `dtype`, no image can be used, or an unfinished build of another model lies there.
+        BusyError: Another process builds the same store.
+    """
+    out = Path(out)
+    if out.exists():
+        raise DataError(f"{out} exists already; remove it, or give another folder")
+    if dtype not in DTYPES:
+        raise DataError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    head = {**store_identity(model, processor), "dtype": dtype}
+    tower, tokens = VisionTower(model, processor), ImageTokens(processor)
+    unusable: dict[str, str] = {}
+    files = 0
+    with Journal(out, head) as journal:
+        done = journal.keys
+
+        def prepare(path: Path) -> tuple[str, Any]:
+            data = read_image_bytes(path)
+            key = _key_of(data)
+            return key, None if key in done else tower.pixels(tokens.decode(data, path))
+
+        def try_prepare(path: Path) -> tuple[str, Any] | ImageError:
+            try:
+                return prepare(path)
+            except ImageError as error:
+                return error
+
+        batch: dict[str, dict[str, Any]] = {}
+        size = 0
+        for path, got in tqdm(
+            map_in_threads(try_prepare, paths, workers),
+            "encoding",
+            len(paths) if hasattr(paths, "__len__") else None,
+            unit="image",
+            disable=None if progress else True,
+        ):
+            files += 1
+            if isinstance(got, ImageError):
+                unusable[str(path)] = str(got)
+                continue
+            key, pixels = got
+            if key in done or key in batch:
+                continue
+            count = tower.count(pixels)
+            if batch and size + count > batch_tokens:
+                journal.append(tower.encode(batch))
+                batch, size = {}, 0
+            batch[key] = pixels
+            size += count
+        if batch:
+            journal.append(tower.encode(batch))
+        if not done:
+            raise DataError(f"{out}: none of {files} images can be used; {next(iter(unusable.values()), '')}")
+        manifest = {
+            "kind": "visual store",
+            **head,
+            **journal.layout,
+            "files": files,
+            "images": len(done),
+            "tokens": sum(journal.index["tokens"]),
+            "unusable": unusable,
+            "run": describe_run(),
+        }
+        journal.finish(out, manifest)
+    return VisualStore.open(out, model, processor)
+
+
+@dataclass(frozen=True)
+class VisualStore:
+    """Reads a store that `build_visual_store` wrote; open it with `VisualStore.open`."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    _processor: Any
+    _model_inputs: frozenset[str]
+    _rows: np.ndarray
+    _keys: np.ndarray
+    _index: pl.DataFrame = field(repr=False)
+
+    @classmethod
+    def open(cls, folder: Path, model: Any, processor: Any) -> VisualStore:
+        """Opens a store for the model and processor that it was made with.
+
+        Raises:
+            DataError: It was made by another vision tower or with other image settings, or is not whole.
+        """
+        folder = Path(folder)
+        manifest = read_json(folder / MANIFEST, "a visual store")
+        if manifest.get("kind") != "visual store":
+            raise DataError(f"{folder} is no visual store")
+        for name, now in store_identity(model, processor).items():
+            if manifest[name] != now:
+                what = {"tower": "another vision tower", "processor": "other image settings (pixel budget?)"}
+                raise DataError(f"{folder} was made with {what[name]}; build it again for this model")
+        kind, width = BITS[manifest["dtype"]], sum(manifest["columns"])
+        path, expected = folder / TOKENS, manifest["tokens"] * width * kind.itemsize
+        found = path.stat().st_size if path.is_file() else 0
+        if found != expected:
+            raise DataError(f"{path}: {found} bytes where {expected} should be; build the store again")
+        try:
+            index = pl.read_parquet(folder / INDEX).sort("key")
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise DataError(f"{folder / INDEX}: not readable ({error}); build the store again") from None
+        if index.height != manifest["images"] or index["tokens"].sum() != manifest["tokens"]:
+            raise DataError(f"{folder / INDEX} does not fit the manifest; build the store again")
+        return cls(
+            folder,
+            manifest,
+            processor,
+            frozenset(inspect.signature(unwrapped(model).forward).parameters),
+            np.memmap(path, kind, "r", shape=(manifest["tokens"], width)),
+            index["key"].to_numpy().astype("S64"),
+            index,
+        )
+
+    def __contains__(self, key: str) -> bool:
+        position = int(np.searchsorted(self._keys, key.encode()))
+        return position < len(self._keys) and self._keys[position] == key.encode()
+
+    def keys_of(self, paths: Iterable[Path]) -> list[str]:
+        """Returns the key of each image file.
+
+        Raises:
+            DataError: The store does not have a file's content: it is new, or was changed since.
+        """
+        keys = []
+        for path in paths:
+            keys.append(image_key(path))
+            if keys[-1] not in self:
+                reason = self.manifest["unusable"].get(
+                    str(path), "it is new, or changed since the store was built"
+                )
+                raise DataError(f"image {path} is not in the visual store {self.folder}: {reason}")
+        return keys
+
+    def features(self, key: str) -> torch.Tensor:
+        """Returns an image's tokens as stored, (tokens, sum of the manifest's `columns`).
+
+        Raises:
+            DataError: There is no such image.
+        """
+        row = self._row(key)
+        rows = np.array(self._rows[row["start"] : row["start"] + row["tokens"]])
+        return torch.from_numpy(rows).view(DTYPES[self.manifest["dtype"]])
+
+    def mm_inputs(
+        self,
+        keys: Sequence[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        """Returns what goes to `model(...)` and `model.generate(...)` in place of pixel values.
+
+        Args:
+            keys: The images of a batch in the order of their slots, from its first sample to its last.
+            device: Where the tensors go.
+            dtype: Their type; that of the store when None.
+
+        Returns:
+            `mm_encoder_outputs`, and `image_grid_thw` where the model takes it; nothing without images.
+        """
+        if not keys:
+            return {}
+        distinct = list(dict.fromkeys(keys))
+        stored = [self.features(key) for key in distinct]
+        moved = torch.cat(stored).to(device, dtype).split([len(rows) for rows in stored])
+        read = {
+            key: torch.split(rows, self.manifest["columns"], dim=1)
+            for key, rows in zip(distinct, moved, strict=True)
+        }
+        inputs = {
+            name: values.to(device)
+            for name, values in self._notes(keys).items()
+            if name in self._model_inputs
+        }
+        return {"mm_encoder_outputs": {"image": self._encoder_output([read[key] for key in keys])}, **inputs}
+
+    def model_inputs(
+        self,
+        texts: Sequence[str],
+        keys: Sequence[str],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Any]:
+        """Returns all inputs of a batch, as the processor would give them, without opening an image.
+
+        Args:
+            texts: Rendered chats, one image mark a slot; padded on the left.
+            keys: The images of all slots, in order.
+            device: Where the tensors go.
+            dtype: As for `mm_inputs`.
+        """
+        processor, notes = self._processor, self._notes(keys)
+        slots = [processor.replace_image_token(notes, image_idx=slot) for slot in range(len(keys))]
+        texts, _ = processor.get_text_with_replacements(list(texts), slots)
+        start = processor.tokenizer.bos_token
+        written = start is not None and all(text.startswith(start) for text in texts)  # by the chat template
+        inputs = processor.tokenizer(
+            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not written
+        )
+        kinds = torch.tensor(processor.create_mm_token_type_ids(inputs["input_ids"].tolist()))
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in processor.model_input_names and name in self._model_inputs:
+                inputs[name] = kinds
+        inputs = {name: value.to(device) for name, value in inputs.items() if name in self._model_inputs}
+        return inputs | self.mm_inputs(keys, device, dtype)
+
+    def _row(self, key: str) -> dict[str, Any]:
+        if key not in self:
+            raise DataError(f"image {key} is not in the visual store {self.folder}")
+        return self._index.row(int(np.searchsorted(self._keys, key.encode())), named=True)
+
+    def _notes(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        notes = [json.loads(self._row(key)["notes"]) for key in keys]
+        return {name: torch.tensor([one[name] for one in notes]) for name in (notes[0] if notes else ())}
+
+    def _encoder_output(self, columns: list[tuple[torch.Tensor, ...]]) -> Any:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+
+        projected, *deep = zip(*columns, strict=True)
+        if self.manifest["tile"] is not None:
+            tiles = torch.cat(projected).reshape(-1, self.manifest["tile"], self.manifest["columns"][0])
+            return BaseModelOutputWithPooling(pooler_output=tiles)
+        if not deep:
+            return BaseModelOutputWithPooling(pooler_output=projected)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=projected, deepstack_features=deep)
+
+
+def _key_of(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+@functools.lru_cache(maxsize=2**18)
+def _hash_file(path: str, _size: int, _changed: int) -> str:
+    return _key_of(read_image_bytes(Path(path)))
