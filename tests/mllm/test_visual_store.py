@@ -105,6 +105,16 @@ def test_logits_and_texts_are_those_of_the_pixels(loaded, pictures, tmp_path, fa
     assert seen_images == 13
 
 
+def test_a_chat_that_begins_with_its_mark_gets_no_second_one(loaded, pictures, tmp_path):
+    model, processor = loaded("gemma3")
+    store = build_visual_store(
+        model, processor, pictures[:1], tmp_path / "store", dtype="float32", progress=False
+    )
+    text = f"{processor.tokenizer.bos_token}a {MARKS['gemma3']} b"
+    inputs = store.model_inputs([text], store.keys_of(pictures[:1]))
+    assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
+
+
 def test_each_distinct_file_is_encoded_once(loaded, pictures, tmp_path, monkeypatch):
     model, processor = loaded("qwen2_vl")
     copies = [Path(shutil.copy(path, tmp_path / f"copy{path.name}")) for path in pictures]
