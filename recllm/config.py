@@ -22,7 +22,8 @@ def parse_config(
     """Builds `config` from command-line arguments.
 
     Fields without a default are required. Fields annotated `tyro.conf.Positional` are given without a flag,
-    all others as `--field-name value`. `--config FILE.yaml` sets fields by name before the flags are read.
+    all others as `--field-name value`. `--config FILE.yaml`, or a first argument that ends so, sets fields by
+    name before the flags are read.
 
     Args:
         config: A dataclass; the string below each field is its help.
@@ -76,6 +77,8 @@ def run_command(
 
 
 def _take_config_flag(argv: list[str]) -> Path | None:
+    if argv and argv[0].endswith((".yaml", ".yml")):
+        return Path(argv.pop(0))
     for position, argument in enumerate(argv):
         if argument == "--config":
             if position + 1 == len(argv):

@@ -13,7 +13,7 @@ from typing import Any
 
 import recllm
 
-PACKAGES = ("numpy", "scipy", "polars", "torch")
+PACKAGES = ("numpy", "scipy", "polars", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def describe_run() -> dict[str, Any]:

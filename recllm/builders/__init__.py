@@ -1,0 +1,1 @@
+"""Builders of training data: texts about items and users, instruction tuples, image prompts."""

@@ -1,0 +1,88 @@
+"""REVEAL's initial prompts, where feedback-guided extraction starts (arXiv 2606.09082, section 4.3)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import orjson
+import polars as pl
+
+from recllm.builders.catalog import Catalog
+from recllm.builders.histories import training_reviews
+from recllm.builders.options import ImagePromptOptions
+from recllm.builders.session import text_path
+from recllm.data.dataset import Dataset
+from recllm.data.splits import Split
+from recllm.errors import DataError
+from recllm.files import write_file
+from recllm.prompts import TEMPLATES
+from recllm.prompts.reveal import INITIAL, review_keywords
+from recllm.prompts.safe_text import safe_text
+from recllm.prompts.templates import Template, load_templates
+
+KEYWORD_LIMIT = 40
+
+
+def initial_prompts(
+    split: Split, count: int = 5, template: Template = INITIAL
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Yields (item id, prompt, keywords) for each item, in the order of the items table.
+
+    The released code counts the words of reviews of all parts, and its feedback comes from test lists; here
+    only training reviews are read. Like it, and unlike one sentence of the paper, prompts are per item.
+
+    Args:
+        split: The split; its training part is read.
+        count: Keywords an item.
+        template: The prompt.
+    """
+    catalog = Catalog(split.dataset)
+    reviews = training_reviews(split)
+    upcoming = next(reviews, None)
+    for code, item in enumerate(catalog.ids):
+        keywords: list[str] = []
+        if upcoming is not None and upcoming[0] == code:
+            keywords = [safe_text(word, limit=KEYWORD_LIMIT) for word in review_keywords(upcoming[1], count)]
+            upcoming = next(reviews, None)
+        category = catalog.narrowest_category(code)
+        values = {
+            "category": category or "product",
+            "item": category or "item",
+            "title": catalog.title(code) or "unknown",
+            "keywords": ", ".join(keywords) or "nothing yet",
+        }
+        yield item, template.fill(values), keywords
+
+
+def write_initial_prompts(options: ImagePromptOptions) -> None:
+    """Writes DATASET/texts/reveal-prompts.parquet (`id, text, keywords`), or prints the first prompts.
+
+    Raises:
+        DataError: The split is missing, or the file exists.
+    """
+    dataset = Dataset.open(options.dataset)
+    split = Split.open(dataset.folder / "splits" / options.split, dataset=dataset)
+    template = load_templates(TEMPLATES, options.templates)[INITIAL.name]
+    prompts = initial_prompts(split, options.keywords, template)
+    if options.dry_run:
+        for item, prompt, _ in itertools.islice(prompts, 3):
+            print(f"--- {item}\n{prompt}")
+        return
+    path = text_path(dataset.folder, "reveal-prompts", options.tag)
+    if path.exists() and not options.overwrite:
+        raise DataError(f"{path} exists already; --overwrite replaces it, --tag writes beside it")
+    schema = {"id": pl.String, "text": pl.String, "keywords": pl.List(pl.String)}
+    table = pl.DataFrame(list(prompts), schema=schema, orient="row")
+    facts = {
+        "data_hash": dataset.data_hash,
+        "split": split.protocol,
+        "split_hash": split.split_hash,
+        "part": "train",
+        "keywords": options.keywords,
+        "template": template.source,
+    }
+    metadata = {"recllm.prompts": orjson.dumps(facts).decode()}
+    write_file(path, lambda temporary: table.write_parquet(temporary, metadata=metadata))
+    without = int((table["keywords"].list.len() == 0).sum())
+    print(f"{path}: {len(table):,} prompts, {without:,} of them of items without training reviews")

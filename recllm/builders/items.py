@@ -1,0 +1,171 @@
+"""Texts about items: image understanding, summaries, descriptions, keywords; each item once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import polars as pl
+
+from recllm.builders.catalog import SUMMARY_LIMIT, Catalog
+from recllm.builders.options import ItemOptions
+from recllm.builders.session import Session
+from recllm.files import write_file
+from recllm.mllm.chat import Request, Result, message
+from recllm.mllm.ranks import rank
+from recllm.prompts.mmsrarec import parse_keywords
+from recllm.prompts.safe_text import IMAGE_MARK, safe_text
+from recllm.prompts.templates import Template
+
+VIU_TOKENS, IMSG_TOKENS, DESCRIPTION_TOKENS, KEYWORD_TOKENS = 200, 200, 160, 48
+"""Longest answers: 200 as MLLM-MSR has it; VLM4Rec has 150, MLLMRec asks for 100 words; the last is ours."""
+
+Answers = Iterable[tuple[str, Result]]
+
+
+def summarize_items(options: ItemOptions) -> None:
+    """Writes the texts of one system about the items of a dataset; see `ItemOptions`."""
+    session = Session(options)
+    SYSTEMS[options.system](session, options)
+
+
+def image_requests(catalog: Catalog, codes: Iterable[int], prompt: Callable[[int], str]) -> Iterator[Request]:
+    """Yields a request for each item with an image: the image, then the text."""
+    for code in codes:
+        path = catalog.image_path(code)
+        if path is not None:
+            chat = (message("user", IMAGE_MARK + prompt(code)),)
+            yield Request(catalog.ids[code], chat, (path,))
+
+
+def text_requests(
+    catalog: Catalog, codes: Iterable[int], template: Template, visual: Answers | None = None
+) -> Iterator[Request]:
+    """Yields a request for each item of which something is known.
+
+    Args:
+        catalog: The items.
+        codes: Which of them, ascending.
+        template: Takes title, categories, text and, with `visual`, `visual_summary`.
+        visual: What was said of the images, in the order of the items; those without an answer may be absent.
+    """
+    summaries = iter(visual or ())
+    upcoming = next(summaries, None)
+    for code in codes:
+        fields = catalog.fields(code)
+        if visual is not None:
+            fields["visual_summary"] = ""
+            if upcoming is not None and upcoming[0] == catalog.ids[code]:
+                fields["visual_summary"] = safe_text(upcoming[1].text, limit=SUMMARY_LIMIT)
+                upcoming = next(summaries, None)
+        if any(fields.values()):
+            yield Request(catalog.ids[code], (message("user", template.fill(fields)),))
+
+
+def _mllm_srec(session: Session, options: ItemOptions) -> None:
+    """VIU (equation 1 of MLLM-SRec), then IMSG (equation 2)."""
+    viu, imsg = session.templates["mllm_srec.viu"], session.templates["mllm_srec.imsg"]
+    seeing, telling = session.decoding(VIU_TOKENS), session.decoding(IMSG_TOKENS)
+    catalog, codes = session.catalog, _codes(session)
+    session.check_free("viu", "imsg")
+    looks = image_requests(catalog, codes, lambda code: viu.fill({}))
+    if options.dry_run:
+        seen = [(request.id, result) for request, result in session.preview("viu", looks, seeing)]
+        tried = {item for item, _ in seen}
+        some = [code for code in codes if catalog.ids[code] in tried] or codes[: options.batch_size]
+        session.preview("imsg", text_requests(catalog, some, imsg, seen), telling)
+        return
+    visual = session.answer("viu", looks, seeing)
+    session.write("viu", visual, seeing, [viu], _facts(session))
+    combined = session.answer("imsg", text_requests(catalog, codes, imsg, visual.results()), telling)
+    session.write("imsg", combined, telling, [viu, imsg], _facts(session))
+
+
+def _one_image_step(
+    session: Session, options: ItemOptions, name: str, template: Template, prompt: Callable[[int], str]
+) -> None:
+    decoding = session.decoding(DESCRIPTION_TOKENS)
+    session.check_free(name)
+    requests = image_requests(session.catalog, _codes(session), prompt)
+    if options.dry_run:
+        session.preview(name, requests, decoding)
+        return
+    session.write(name, session.answer(name, requests, decoding), decoding, [template], _facts(session))
+
+
+def _vlm4rec(session: Session, options: ItemOptions) -> None:
+    """Visual semantic grounding (equation 6 of VLM4Rec)."""
+    name = "vlm4rec.grounding_with_title" if options.with_title else "vlm4rec.grounding"
+    template, titles = session.templates[name], session.catalog.title
+    step = name.removeprefix("vlm4rec.").replace("_", "-")
+    _one_image_step(session, options, step, template, lambda code: template.fill({"title": titles(code)}))
+
+
+def _mllmrec(session: Session, options: ItemOptions) -> None:
+    """Semantic description (equation 1 of MLLMRec); its concatenation with the text is the reader's."""
+    template = session.templates["mllmrec.description"]
+    filled = template.fill({"dataset_name": safe_text(options.dataset_name, limit=100)})
+    _one_image_step(session, options, "description", template, lambda code: filled)
+
+
+def _mmsrarec(session: Session, options: ItemOptions) -> None:
+    """Keywords of image and text, asked for separately (MMSRARec, stage 1), and parsed into one list."""
+    seeing = session.templates["mmsrarec.image_keywords"]
+    reading = session.templates["mmsrarec.text_keywords"]
+    decoding = session.decoding(KEYWORD_TOKENS)
+    names = ("image-keywords", "text-keywords", "keywords")
+    session.check_free(*names)
+    looks = image_requests(session.catalog, _codes(session), lambda code: seeing.fill({}))
+    reads = text_requests(session.catalog, _codes(session), reading)
+    if options.dry_run:
+        session.preview(names[0], looks, decoding)
+        session.preview(names[1], reads, decoding)
+        return
+    of_images = session.answer(names[0], looks, decoding)
+    session.write(names[0], of_images, decoding, [seeing], _facts(session))
+    of_texts = session.answer(names[1], reads, decoding)
+    session.write(names[1], of_texts, decoding, [reading], _facts(session))
+    if rank() == 0:
+        path = session.text_path(names[2])
+        table = keyword_table(session.catalog.ids, of_images.results(), of_texts.results())
+        write_file(path, table.write_parquet)
+        print(f"{path}: {len(table):,} items, {table['keywords'].list.len().mean() or 0:.1f} keywords each")
+
+
+def keyword_table(ids: Iterable[str], of_images: Answers, of_texts: Answers) -> pl.DataFrame:
+    """Returns the clean keyword lists: `id, keywords, image_keywords, text_keywords`.
+
+    `keywords` are those of the image, then those of the text that the image did not have. Items without any
+    are left out.
+    """
+    lists: list[dict[str, list[str]]] = [
+        {item: parse_keywords(safe_text(result.text)) for item, result in answers}
+        for answers in (of_images, of_texts)
+    ]
+    rows = []
+    for item in ids:
+        image, text = (each.get(item, []) for each in lists)
+        both = {word.casefold(): word for word in [*reversed(text), *reversed(image)]}
+        ordered = [word for word in both.values()][::-1]
+        if ordered:
+            rows.append((item, ordered, image, text))
+    words = pl.List(pl.String)
+    schema = {"id": pl.String, "keywords": words, "image_keywords": words, "text_keywords": words}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+SYSTEMS: dict[str, Callable[[Session, ItemOptions], None]] = {
+    "mllm_srec": _mllm_srec,
+    "vlm4rec": _vlm4rec,
+    "mllmrec": _mllmrec,
+    "mmsrarec": _mmsrarec,
+}
+
+
+def _codes(session: Session) -> range:
+    return range(len(session.catalog))[: session.options.limit]
+
+
+def _facts(session: Session) -> dict[str, int]:
+    """How many items there are to write of, and how many of them have no image."""
+    codes = _codes(session)
+    return {"items": len(codes), "without_image": sum(session.catalog.image(code) is None for code in codes)}

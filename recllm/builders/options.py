@@ -1,0 +1,195 @@
+"""What every builder that asks a model can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+
+@dataclass
+class ModelOptions:
+    """Which model writes, through which backend, and where its answers are kept."""
+
+    dataset: Positional[Annotated[Path, arg(metavar="DATASET")]]
+    """The dataset folder; texts are written to DATASET/texts."""
+    model: str
+    """A hub id, a local folder, the model's name on the server, or `tiny`, the embedded model."""
+    backend: Literal["transformers", "vllm", "server"] = "transformers"
+    """transformers: in this process. vllm: vLLM's offline engine. server: any OpenAI-compatible server."""
+    adapter: str | None = None
+    """A PEFT adapter for the model: hub id or local folder (transformers and vllm)."""
+    revision: str | None = None
+    """Revision on the hub; for a server, a name of your own for what it runs, kept with each answer."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number type of the weights; auto takes that of the files."""
+    device_map: str | None = None
+    """Where the weights go, for example `auto` or `cuda:1`; by default one GPU a process, else the CPU."""
+    attn_implementation: str | None = None
+    """Attention kernels: sdpa, flash_attention_2, eager."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: four-bit language model; vision tower and output layer are left as they are."""
+    min_pixels: int | None = None
+    """Least pixels an image is scaled to; by default the model's. Qwen2-VL: 784 pixels are one token."""
+    max_pixels: int | None = None
+    """Most pixels an image keeps; by default 200,704 (256 tokens of Qwen2-VL) or the model's own, if less."""
+    tensor_parallel_size: int = 1
+    """GPUs that one model is spread over (vllm)."""
+    base_url: str = "http://localhost:8000/v1"
+    """Address of the server."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Name of the environment variable that holds the server's key; the key itself is kept nowhere."""
+    concurrency: int = 16
+    """Requests that the server works on at a time."""
+    price_in: float | None = None
+    """Price of a million prompt tokens, for the estimate of --dry-run."""
+    price_out: float | None = None
+    """Price of a million answer tokens."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; by default each step's own."""
+    temperature: float = 0.0
+    """0 decodes greedily; above, sampling seeded request by request."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    seed: int = 0
+    """Seed of sampling."""
+    batch_size: int = 32
+    """Most requests in one batch (transformers)."""
+    batch_tokens: int = 16_384
+    """Most tokens in one batch, padding and answers included (transformers)."""
+    templates: Path | None = None
+    """Folder with prompt templates of your own; `recllm prompts cp FOLDER` makes it."""
+    store: Path | None = None
+    """Folder where answers are kept as they arrive; by default DATASET/generations."""
+    tag: str = ""
+    """Added to the names of the files written, to keep several models' texts apart."""
+    limit: int | None = None
+    """Only the first so many items or users."""
+    dry_run: bool = False
+    """Print the first prompts exactly, token counts, and an estimate of time and cost; write nothing."""
+    overwrite: bool = False
+    """Replace the texts where they exist. Answers already in the store are used again all the same."""
+
+
+@dataclass
+class ItemOptions(ModelOptions):
+    """Writes texts about items: what their pictures show, summaries, keywords."""
+
+    system: Literal["mllm_srec", "vlm4rec", "mllmrec", "mmsrarec"] = "mllm_srec"
+    """mllm_srec: texts/viu (image understanding), then texts/imsg (summary of image and text). vlm4rec:
+    texts/grounding. mllmrec: texts/description. mmsrarec: texts/keywords."""
+    with_title: bool = False
+    """For vlm4rec: put the title into the prompt, as its released code does; texts/grounding-with-title."""
+    dataset_name: str = "catalog"
+    """For mllmrec: what the prompt calls the catalog, for example `Amazon Baby`."""
+
+
+@dataclass
+class UserOptions(ModelOptions):
+    """Writes texts about users: their preferences, from what they touched in a split."""
+
+    split: str = "loo"
+    """Name of a split below DATASET/splits."""
+    system: Literal["mllm_srec", "mllmrec"] = "mllm_srec"
+    """mllm_srec: texts/tubc-PART, a summary for each window of the history, each fed into the next. mllmrec:
+    texts/preference, from the training items."""
+    parts: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid")
+    """For mllm_srec: for whose targets. train: each training history without its last item; valid and test:
+    what may be known when their targets are predicted. The test part is only opened when it is named."""
+    window: int = 3
+    """Interactions in a window. 3 is ours, after MLLM-MSR's blocks; the paper does not say."""
+    step: int = 3
+    """Interactions from one window's start to the next; at most `window`, so that none is passed over."""
+    max_history: int = 0
+    """Most interactions a user, the latest; 0 for all."""
+    item_texts: str | None = None
+    """Name of the item texts to use; by default imsg (mllm_srec) or description (mllmrec), with --tag."""
+    max_prompt_tokens: int = 4096
+    """For mllmrec: longest prompt; the oldest items are left out of a longer one, whole."""
+    leak_all_interactions: bool = False
+    """For mllmrec: read every interaction, test items included, as the released code does. Only to show what
+    the leak is worth: the file is called preference-leaky, and nothing else reads it by itself."""
+
+
+@dataclass
+class InstructionOptions:
+    """Writes instruction tuples: prompt and completion chats with image paths, for training and scoring."""
+
+    dataset: Positional[Annotated[Path, arg(metavar="DATASET")]]
+    """The dataset folder."""
+    split: str = "loo"
+    """Name of a split below DATASET/splits."""
+    form: Literal["plain", "cot"] = "plain"
+    """plain: the question alone. cot: prompts and answers of VIU, IMSG and TUBC precede it (four steps)."""
+    cot_about: Literal["history", "target"] = "history"
+    """For cot, whose VIU and IMSG: the latest history item's (candidates then share the whole prefix), or the
+    target's. The paper leaves it open."""
+    parts: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid")
+    """Which parts to write; the test part is only opened when it is named."""
+    preference: str = "tubc"
+    """Name of the preference texts (tubc, read from texts/tubc-PART), or `none`."""
+    history: int = 0
+    """How many of the latest items are listed besides; MLLM-SRec lists none."""
+    history_as: Literal["summary", "title", "image", "image+title"] = "summary"
+    """How they are shown: by their IMSG summary, title, image, or image and title."""
+    profile: bool = True
+    """Say the user's profile, where users.parquet has the column `profile`."""
+    user_id: bool = False
+    """Say the user's id, as the paper's table 1 does. An id carries no meaning that a model could use."""
+    target_image: bool = True
+    """Show the target's image."""
+    target_text: bool = True
+    """Tell the target's title, categories and text."""
+    negatives: int = 1
+    """Negatives a positive."""
+    negative_sampling: Literal["uniform", "in_time"] = "uniform"
+    """uniform: from all training items. in_time: from those that the training log knew by the positive's
+    time. Never an item that the user touched in training, be it later; what is held out is not looked at."""
+    candidates: str | None = None
+    """For valid and test: name of the split's candidates; each is a row, instead of sampled negatives."""
+    targets_per_user: int = 1
+    """Training positives a user, the latest; 0 for all. With preference texts, those after a summary."""
+    tag: str = ""
+    """The --tag of the texts to read."""
+    processor: str | None = None
+    """Model whose processor counts tokens, for --max-prompt-tokens and --dry-run: hub id, folder, `tiny`."""
+    min_pixels: int | None = None
+    """Least pixels of an image, for counting."""
+    max_pixels: int | None = None
+    """Most pixels of an image, for counting."""
+    max_prompt_tokens: int | None = None
+    """Longest prompt in tokens, images included; of a longer one, the oldest listed items are left out."""
+    templates: Path | None = None
+    """Folder with prompt templates of your own."""
+    name: str | None = None
+    """Folder below DATASET/instructions; by default SPLIT-FORM."""
+    seed: int = 42
+    """Seed of the negatives; a user's depend on it, on the user and the training log alone."""
+    limit: int | None = None
+    """Only the first so many users that have targets."""
+    dry_run: bool = False
+    """Print the first rows and token counts; write nothing."""
+    overwrite: bool = False
+    """Replace the folder where it exists."""
+
+
+@dataclass
+class ImagePromptOptions:
+    """Writes REVEAL's initial prompts: an item's metadata and its training reviews' most frequent words."""
+
+    dataset: Positional[Annotated[Path, arg(metavar="DATASET")]]
+    """The dataset folder; writes DATASET/texts/reveal-prompts.parquet."""
+    split: str = "loo"
+    """Name of a split below DATASET/splits; only its training reviews are read."""
+    keywords: int = 5
+    """Words an item; 5 in the paper."""
+    templates: Path | None = None
+    """Folder with prompt templates of your own."""
+    tag: str = ""
+    """Added to the name of the file."""
+    dry_run: bool = False
+    """Print the first prompts; write nothing."""
+    overwrite: bool = False
+    """Replace the file where it exists."""

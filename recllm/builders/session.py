@@ -1,0 +1,234 @@
+"""What a builder that asks a model works with: dataset, templates, backend and store."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recllm.builders.catalog import Catalog
+from recllm.builders.options import ModelOptions
+from recllm.data.dataset import Dataset
+from recllm.errors import DataError
+from recllm.mllm.chat import Backend, Decoding, Request, Result
+from recllm.mllm.generation.run import Generated, generate
+from recllm.mllm.ranks import rank
+from recllm.mllm.store import GenerationStore, ImageHashes, request_key
+from recllm.mllm.texts import write_texts
+from recllm.prompts import TEMPLATES
+from recllm.prompts.templates import Template, load_templates
+
+_SHOWN = 2  # prompts that a dry run prints
+_ERRORS_SHOWN = 5
+
+
+class Session:
+    """One run of a builder.
+
+    Attributes:
+        dataset: The dataset.
+        templates: The prompt templates by name, the user's in place of the defaults.
+        backend: What answers requests.
+        catalog: The items as prompts show them.
+        store: Where answers are kept.
+    """
+
+    def __init__(self, options: ModelOptions, backend: Backend | None = None) -> None:
+        if options.tag and Path(options.tag).name != options.tag:
+            raise DataError(f"--tag {options.tag!r}: expected a plain word, which becomes part of file names")
+        if options.limit is not None and options.limit < 1:
+            raise DataError(f"--limit {options.limit}: expected 1 or more")
+        self.options = options
+        self.dataset = Dataset.open(options.dataset)
+        self.templates = load_templates(TEMPLATES, options.templates)
+        self.backend = backend or make_backend(options)
+        self.catalog = Catalog(self.dataset, self.backend.special_tokens)
+        self.store = GenerationStore.open(options.store or self.dataset.folder / "generations")
+
+    def decoding(self, max_new_tokens: int) -> Decoding:
+        """Returns the decoding settings of a step whose answers are usually at most so many tokens long."""
+        options = self.options
+        return Decoding(
+            options.max_new_tokens or max_new_tokens, options.temperature, options.top_p, options.seed
+        )
+
+    def text_path(self, name: str) -> Path:
+        """Returns where the texts of a step go: DATASET/texts/<name>[-<tag>].parquet."""
+        return text_path(self.dataset.folder, name, self.options.tag)
+
+    def check_free(self, *names: str) -> None:
+        """Raises a `DataError` where texts of these names exist and may not be replaced."""
+        for name in names:
+            path = self.text_path(name)
+            if path.exists() and not (self.options.overwrite or self.options.dry_run):
+                raise DataError(f"{path} exists already; --overwrite replaces it, --tag writes beside it")
+
+    def answer(self, name: str, requests: Iterable[Request], decoding: Decoding) -> Generated:
+        """Answers requests through the store; see `recllm.mllm.generation.run.generate`."""
+        return generate(requests, self.backend, self.store, decoding, progress=name)
+
+    def write(
+        self,
+        name: str,
+        generated: Generated,
+        decoding: Decoding,
+        templates: Iterable[Template],
+        facts: dict[str, Any],
+        extra: dict[str, list[Any]] | None = None,
+    ) -> Path:
+        """Writes texts/<name>.parquet on rank 0 and prints what came of it.
+
+        Args:
+            name: The name, without the tag.
+            generated: The answers.
+            decoding: How they were decoded.
+            templates: The templates of the prompts.
+            facts: Further facts for the file's metadata, such as the split that was read.
+            extra: Further columns, a value for each answer.
+        """
+        path = self.text_path(name)
+        if rank() != 0:
+            return path
+        metadata = {
+            "name": name,
+            "data_hash": self.dataset.data_hash,
+            "model": self.backend.identity,
+            "decoding": decoding.as_dict(),
+            "templates": {template.name: _describe(template) for template in templates},
+            **facts,
+        }
+        write_texts(path, generated, metadata=metadata, extra=extra)
+        counts = generated.counts
+        print(
+            f"{path}: {counts.requests:,} requests, {counts.unique:,} different; "
+            f"{counts.generated:,} answered now, {counts.stored:,} from the store"
+        )
+        for request_id, reason in itertools.islice(
+            generated.errors() if counts.failed else (), _ERRORS_SHOWN
+        ):
+            print(f"  no text for {request_id}: {reason}")
+        if counts.failed > _ERRORS_SHOWN:
+            print(f"  and {counts.failed - _ERRORS_SHOWN:,} more; the metadata of {path.name} lists them")
+        return path
+
+    def preview(
+        self, name: str, requests: Iterator[Request], decoding: Decoding
+    ) -> list[tuple[Request, Result]]:
+        """The dry run of one step: prints the first prompts exactly, what the model answers, and an estimate.
+
+        Returns:
+            The requests that were tried, with their answers; nothing is stored.
+        """
+        tried = list(itertools.islice(requests, self.options.batch_size))
+        if not tried:
+            print(f"{name}: no requests")
+            return []
+        started = time.perf_counter()
+        pairs = [(str(number).encode(), request) for number, request in enumerate(tried)]
+        answers = {result.key: result for batch in self.backend.generate(pairs, decoding) for result in batch}
+        seconds = time.perf_counter() - started
+        results = [answers[key] for key, _ in pairs]
+        for request, result in list(zip(tried, results, strict=True))[:_SHOWN]:
+            print(f"--- {name}: {request.id} ({result.prompt_tokens:,} prompt tokens)")
+            print(self.backend.show(request))
+            print(f"--- answer ({result.completion_tokens:,} tokens, {result.finish})")
+            print(result.error or result.text)
+        self._estimate(name, tried, results, itertools.chain(tried, requests), decoding, seconds)
+        return list(zip(tried, results, strict=True))
+
+    def _estimate(
+        self,
+        name: str,
+        tried: list[Request],
+        results: list[Result],
+        requests: Iterable[Request],
+        decoding: Decoding,
+        seconds: float,
+    ) -> None:
+        keys: set[bytes] = set()
+        total = done = 0
+        hashes = ImageHashes()
+        for request in requests:
+            total += 1
+            key = request_key(self.backend.identity, decoding, request, hashes)
+            if key not in keys:
+                keys.add(key)
+                done += self.store.get(key) is not None
+        waiting = len(keys) - done
+        prompt = sum(result.prompt_tokens for result in results) / len(tried)
+        answer = sum(result.completion_tokens for result in results) / len(tried)
+        print(
+            f"{name}: {total:,} requests, {len(keys):,} different, {done:,} in the store, {waiting:,} to do; "
+            f"{prompt:,.0f} prompt and {answer:,.0f} answer tokens each (mean of {len(tried)})"
+        )
+        span = _span(waiting * seconds / len(tried))
+        print(f"{name}: about {span} at the rate of these {len(tried)} requests")
+        if self.options.price_in is not None and self.options.price_out is not None:
+            cost = waiting * (prompt * self.options.price_in + answer * self.options.price_out) / 1e6
+            print(f"{name}: about {cost:,.2f} at the given prices")
+
+
+def make_backend(options: ModelOptions) -> Backend:
+    """Returns the backend that the options name; only its libraries are imported.
+
+    Raises:
+        DataError: The model cannot be loaded, or a library is not installed.
+    """
+    if options.backend == "server":
+        from recllm.mllm.generation.server import ServerBackend, ServerOptions
+        from recllm.mllm.loading import DEFAULT_MAX_PIXELS
+
+        return ServerBackend(
+            ServerOptions(
+                base_url=options.base_url,
+                model=options.model,
+                revision=options.revision,
+                api_key_env=options.api_key_env,
+                concurrency=options.concurrency,
+                max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS,
+            )
+        )
+    shared = {
+        "adapter": options.adapter,
+        "revision": options.revision,
+        "dtype": options.dtype,
+        "min_pixels": options.min_pixels,
+        "max_pixels": options.max_pixels,
+    }
+    if options.backend == "vllm":
+        from recllm.mllm.generation.vllm_offline import VllmBackend, VllmOptions
+
+        parallel = options.tensor_parallel_size
+        return VllmBackend(VllmOptions(model=options.model, tensor_parallel_size=parallel, **shared))
+    from recllm.mllm.generation.in_process import InProcessBackend
+    from recllm.mllm.loading import load
+
+    loaded = load(
+        options.model,
+        device_map=options.device_map,
+        attn_implementation=options.attn_implementation,
+        quantization=None if options.quantization == "none" else options.quantization,
+        **shared,
+    )
+    return InProcessBackend(loaded, batch_tokens=options.batch_tokens, batch_size=options.batch_size)
+
+
+def text_path(folder: Path, name: str, tag: str = "") -> Path:
+    """Returns where texts of a name lie in a dataset folder."""
+    return folder / "texts" / f"{name}{'-' if tag else ''}{tag}.parquet"
+
+
+def _describe(template: Template) -> dict[str, str]:
+    digest = hashlib.sha256(template.text.encode()).hexdigest()[:16]
+    return {"sha256": digest, "source": template.source}
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:,.0f} min"
+    return f"{seconds / 3600:,.1f} h"

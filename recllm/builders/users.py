@@ -1,0 +1,115 @@
+"""Texts about users: what they prefer, window by window or from all of their training items."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from recllm.builders.catalog import SUMMARY_LIMIT
+from recllm.builders.drift import follow_drift
+from recllm.builders.histories import Histories, windows
+from recllm.builders.options import UserOptions
+from recllm.builders.preferences import read_item_texts
+from recllm.builders.session import Session, text_path
+from recllm.data.splits import Split
+from recllm.errors import DataError
+from recllm.mllm.chat import Request, message
+from recllm.prompts.safe_text import safe_text
+from recllm.prompts.templates import Template
+
+PREFERENCE_TOKENS = 160
+"""The longest answer: MLLMRec asks for 100 words."""
+
+
+def summarize_users(options: UserOptions) -> None:
+    """Writes the texts of one system about the users of a split; see `UserOptions`."""
+    windows(1, options.window, options.step)  # refuses impossible ones before a model is loaded
+    session = Session(options)
+    split = Split.open(session.dataset.folder / "splits" / options.split, dataset=session.dataset)
+    if options.system == "mllmrec":
+        _preferences(session, options, split)
+        return
+    session.check_free(*(f"tubc-{part}" for part in options.parts))
+    summaries = _item_texts(session, options.item_texts or "imsg")
+    for part in options.parts:
+        follow_drift(session, options, Histories(split, part), summaries)
+
+
+def _preferences(session: Session, options: UserOptions, split: Split) -> None:
+    """MLLMRec's Prompt 2 (equations 3 and 4) over the training items, or over all for a demonstration."""
+    template, decoding = session.templates["mllmrec.preference"], session.decoding(PREFERENCE_TOKENS)
+    leak = options.leak_all_interactions
+    name = "preference-leaky" if leak else "preference"
+    session.check_free(name)
+    catalog = session.catalog
+    descriptions = _item_texts(session, options.item_texts or "description")
+    histories = Histories(split, "test" if leak else "train")
+    users = [user for user in range(len(session.dataset.users)) if len(histories.history(user).items)]
+    left_out = 0
+
+    def items_of(user: int) -> list[int]:
+        history = histories.history(user)
+        items = history.latest(options.max_history).items.tolist()
+        return items + [target.item for target in histories.targets(user)] if leak else items
+
+    def requests() -> Iterator[Request]:
+        nonlocal left_out
+        for user in users[: options.limit]:
+            told = [
+                multimodal_description(catalog.described(code), descriptions[code]) for code in items_of(user)
+            ]
+            request, dropped = _within(session, user, template, told, options.max_prompt_tokens)
+            left_out += dropped
+            yield request
+
+    if options.dry_run:
+        session.preview(name, requests(), decoding)
+        return
+    answers = session.answer(name, requests(), decoding)
+    facts = {
+        "split": split.protocol,
+        "split_hash": split.split_hash,
+        "part": "train",
+        "leak": leak,
+        "users": len(answers),
+        "items_left_out": left_out,
+    }
+    session.write(name, answers, decoding, [template], facts, {"user": answers.ids})
+
+
+def multimodal_description(text: str, description: str) -> str:
+    """Returns an item's text followed by the description of its image (equation 2 of MLLMRec)."""
+    return " ".join(part for part in (text, safe_text(description, limit=SUMMARY_LIMIT)) if part)
+
+
+def _within(
+    session: Session, user: int, template: Template, told: list[str], budget: int
+) -> tuple[Request, int]:
+    """Returns the request with as many of the latest items as fit, and how many were left out."""
+    name = session.dataset.users["user"][user]
+
+    def request(first: int) -> Request:
+        return Request(name, (message("user", template.fill({"items": "; ".join(told[first:])})),))
+
+    def fits(first: int) -> bool:
+        tokens = session.backend.count_tokens(request(first))
+        return tokens is None or tokens <= budget
+
+    if fits(0):
+        return request(0), 0
+    too_early, enough = 0, len(told) - 1
+    if not fits(enough):
+        raise DataError(
+            f"user {name!r}: one item alone makes a prompt of more than --max-prompt-tokens {budget:,}"
+        )
+    while enough - too_early > 1:
+        middle = (too_early + enough) // 2
+        too_early, enough = (too_early, middle) if fits(middle) else (middle, enough)
+    return request(enough), enough
+
+
+def _item_texts(session: Session, name: str) -> list[str]:
+    path = text_path(session.dataset.folder, name, session.options.tag)
+    if not path.exists():
+        system = "mllm_srec" if name == "imsg" else "mllmrec"
+        raise DataError(f"{path} does not exist; write it first: recllm build items ... --system {system}")
+    return read_item_texts(path, session.dataset)

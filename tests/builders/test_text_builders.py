@@ -1,0 +1,238 @@
+"""Texts about items and users: what is asked, what is written, what is skipped and named."""
+
+from __future__ import annotations
+
+import shutil
+
+import polars as pl
+import pytest
+
+from recllm.builders.items import summarize_items
+from recllm.builders.options import ItemOptions, UserOptions
+from recllm.builders.users import summarize_users
+from recllm.cli import main
+from recllm.data.dataset import write_dataset
+from recllm.errors import DataError
+from recllm.mllm.texts import read_texts
+from recllm.prompts.mllm_srec import TUBC
+from tests.builders.worlds import split_of, words_of, write_world
+
+
+@pytest.fixture
+def world(tmp_path):
+    return write_world(tmp_path / "world")
+
+
+def test_viu_then_imsg(world, backend, capsys):
+    summarize_items(ItemOptions(world.folder, "rule"))
+    viu, metadata = read_texts(world.folder / "texts" / "viu.parquet")
+    imsg, _ = read_texts(world.folder / "texts" / "imsg.parquet")
+    assert viu["id"].to_list() == imsg["id"].to_list() == world.items["item"].to_list()
+    assert metadata["model"] == {"model": "rule"} and metadata["data_hash"] == world.data_hash
+    looks = [request for request in backend.asked if request.images]
+    assert {request.images[0].name for request in looks} == {f"{item}.png" for item in viu["id"]}
+    assert all(request.messages[0]["content"][0]["type"] == "image" for request in looks)
+    answers = dict(viu.select("id", "text").iter_rows())
+    combined = [request for request in backend.asked if not request.images]
+    assert combined and all(f"Visual summary: {answers[r.id]}" in words_of(r.messages) for r in combined)
+    assert "different" in capsys.readouterr().out
+
+
+def test_a_second_run_asks_nothing_and_writes_the_same_bytes(world, backend):
+    summarize_items(ItemOptions(world.folder, "rule"))
+    path = world.folder / "texts" / "imsg.parquet"
+    before, asked = path.read_bytes(), len(backend.asked)
+    with pytest.raises(DataError, match="overwrite"):
+        summarize_items(ItemOptions(world.folder, "rule"))
+    summarize_items(ItemOptions(world.folder, "rule", overwrite=True))
+    assert path.read_bytes() == before and len(backend.asked) == asked
+
+
+def test_items_without_image_or_with_a_broken_one(tmp_path, backend, capsys):
+    world = write_world(tmp_path / "world", users=2)
+    items = world.items.to_dicts()
+    items[0]["images"] = []
+    items[1] |= {"title": "", "text": "", "categories": [], "images": []}
+    changed = write_dataset(
+        tmp_path / "changed",
+        items=pl.DataFrame(items, schema=world.items.schema),
+        interactions=world.interactions,
+        users=world.users,
+        source={},
+        stage=lambda folder: shutil.copytree(world.folder / "images", folder / "images"),
+    )
+    (changed.folder / "images" / f"{items[2]['item']}.png").unlink()
+    (changed.folder / "images" / f"{items[2]['item']}.png").symlink_to("/etc/hostname")
+    with pytest.raises(DataError, match="link"):
+        summarize_items(ItemOptions(changed.folder, "rule"))
+    (changed.folder / "images" / f"{items[2]['item']}.png").unlink()
+    (changed.folder / "images" / f"{items[2]['item']}.png").write_bytes(b"")
+    summarize_items(ItemOptions(changed.folder, "rule"))
+    viu, metadata = read_texts(changed.folder / "texts" / "viu.parquet")
+    imsg, _ = read_texts(changed.folder / "texts" / "imsg.parquet")
+    assert items[0]["item"] not in viu["id"].to_list() and metadata["without_image"] == 2
+    assert items[0]["item"] in imsg["id"].to_list() and items[1]["item"] not in imsg["id"].to_list()
+    no_picture = next(r for r in backend.asked if r.id == items[0]["item"])
+    assert "Visual summary" not in words_of(no_picture.messages)
+
+
+def test_title_in_or_out(world, backend):
+    summarize_items(ItemOptions(world.folder, "rule", system="vlm4rec"))
+    assert not any("Thing" in words_of(request.messages) for request in backend.asked)
+    summarize_items(ItemOptions(world.folder, "rule", system="vlm4rec", with_title=True))
+    assert sum("Product title: Thing" in words_of(request.messages) for request in backend.asked) == 27
+    assert {path.name for path in (world.folder / "texts").iterdir()} == {
+        "grounding.parquet",
+        "grounding-with-title.parquet",
+    }
+
+
+def test_keywords_of_image_and_text_are_asked_for_separately_and_parsed(world, backend):
+    summarize_items(ItemOptions(world.folder, "rule", system="mmsrarec", limit=5))
+    with_image = [request for request in backend.asked if request.images]
+    without = [request for request in backend.asked if not request.images]
+    assert len(with_image) == len(without) == 5
+    assert all("Title" not in words_of(request.messages) for request in with_image)
+    table = pl.read_parquet(world.folder / "texts" / "keywords.parquet")
+    assert table["id"].to_list() == world.items["item"].to_list()[:5]
+    for row in table.iter_rows(named=True):
+        assert row["keywords"][: len(row["image_keywords"])] == row["image_keywords"]
+        assert {word.casefold() for word in row["keywords"]} == {
+            word.casefold() for word in row["image_keywords"] + row["text_keywords"]
+        }
+
+
+def test_windows_follow_each_other_with_the_summary_of_the_one_before(world, backend):
+    split_of(world)
+    summarize_items(ItemOptions(world.folder, "rule"))
+    backend.asked.clear()
+    summarize_users(UserOptions(world.folder, "rule", parts=("train", "valid"), window=2, step=2))
+    train, metadata = read_texts(world.folder / "texts" / "tubc-train.parquet")
+    valid, _ = read_texts(world.folder / "texts" / "tubc-valid.parquet")
+    assert metadata["part"] == "train" and metadata["window"] == 2
+    summaries = dict(read_texts(world.folder / "texts" / "imsg.parquet")[0].select("id", "text").iter_rows())
+    log = world.interactions
+    asked = [words_of(request.messages) for request in backend.asked]
+    for user in world.users["user"]:
+        mine = train.filter(pl.col("user") == user)
+        assert mine.select("begin", "end").rows() == [(0, 2), (2, 4), (4, 6)]
+        known = valid.filter(pl.col("user") == user)
+        assert known.select("begin", "end").rows() == [(0, 2), (2, 4), (4, 6), (6, 7)]
+        assert known["text"].to_list()[:3] == mine["text"].to_list()
+        items = log.filter(pl.col("user") == user)["item"].to_list()
+        before = ""
+        for begin, end, text in known.select("begin", "end", "text").iter_rows():
+            lines = [f"{place}. {summaries[item]}" for place, item in enumerate(items[begin:end], 1)]
+            previous = f"Previous preference: {before}\n" if before else ""
+            prompt = TUBC.text.split("\n")[0] + "\n" + previous + "Sequence:\n" + "\n".join(lines)
+            assert prompt in asked
+            before = text
+    # What both parts share was asked once.
+    assert len(asked) == len(set(asked))
+
+
+def test_only_the_latest_windows_where_histories_are_bounded(world, backend):
+    split_of(world)
+    summarize_items(ItemOptions(world.folder, "rule"))
+    summarize_users(UserOptions(world.folder, "rule", parts=("valid",), window=2, step=2, max_history=4))
+    valid, _ = read_texts(world.folder / "texts" / "tubc-valid.parquet")
+    assert set(valid.select("begin", "end").rows()) == {(4, 6), (6, 7)}
+
+
+def test_preference_reads_training_items_only_unless_told_to_leak(world, backend):
+    split_of(world)
+    summarize_items(ItemOptions(world.folder, "rule", system="mllmrec"))
+    backend.asked.clear()
+    summarize_users(UserOptions(world.folder, "rule", system="mllmrec"))
+    assert len(backend.asked) == 12
+    assert not any("later" in words_of(r.messages) or "latest" in words_of(r.messages) for r in backend.asked)
+    backend.asked.clear()
+    summarize_users(UserOptions(world.folder, "rule", system="mllmrec", leak_all_interactions=True))
+    assert all(
+        "later title" in words_of(r.messages) and "latest title" in words_of(r.messages)
+        for r in backend.asked
+    )
+    _, metadata = read_texts(world.folder / "texts" / "preference-leaky.parquet")
+    assert metadata["leak"] is True
+
+
+def test_a_preference_prompt_over_budget_loses_its_oldest_items_whole(world, backend):
+    split_of(world)
+    summarize_items(ItemOptions(world.folder, "rule", system="mllmrec"))
+    backend.asked.clear()
+    summarize_users(UserOptions(world.folder, "rule", system="mllmrec", max_prompt_tokens=100))
+    _, metadata = read_texts(world.folder / "texts" / "preference.parquet")
+    assert metadata["items_left_out"] > 0
+    log = world.interactions
+    for request in backend.asked:
+        prompt = words_of(request.messages)
+        assert len(prompt.split()) <= 100
+        latest = log.filter(pl.col("user") == request.id)["item"].to_list()[-3]
+        title = world.items.filter(pl.col("item") == latest)["title"][0]
+        assert f"{title}. all, " in prompt
+    with pytest.raises(DataError, match="user 'user0'"):
+        summarize_users(
+            UserOptions(world.folder, "rule", system="mllmrec", max_prompt_tokens=20, overwrite=True)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": 4}, "step 4"),
+        ({"item_texts": "none"}, "none.parquet does not exist"),
+        ({"split": "nothing"}, "nothing"),
+        ({"tag": "a/b"}, "plain word"),
+        ({"limit": 0}, "--limit 0"),
+    ],
+)
+def test_wrong_options_are_named(world, backend, change, words):
+    split_of(world)
+    with pytest.raises(DataError, match=words):
+        summarize_users(UserOptions(world.folder, "rule", **change))
+
+
+def test_a_dry_run_prints_prompts_and_writes_nothing(world, backend, capsys):
+    before = sorted(world.folder.rglob("*"))
+    main(
+        [
+            "build",
+            "items",
+            str(world.folder),
+            "--model",
+            "rule",
+            "--dry-run",
+            "--price-in",
+            "1",
+            "--price-out",
+            "2",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert "What is in the image and describe its category" in out
+    assert "51 requests, 51 different, 0 in the store, 51 to do" in out
+    assert "Please combine visual summary" in out and "at the given prices" in out
+    assert [path for path in sorted(world.folder.rglob("*")) if path not in before] in (
+        [],
+        [world.folder / "generations", world.folder / "generations" / "manifest.json"],
+    )
+
+
+def test_options_from_a_yaml_file_named_first(world, backend, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"dataset: {world.folder}\nmodel: rule\nsystem: vlm4rec\nlimit: 3\n")
+    main(["build", "items", str(config)])
+    assert len(pl.read_parquet(world.folder / "texts" / "grounding.parquet")) == 3
+    config.write_text(f"dataset: {world.folder}\nmodell: rule\n")
+    with pytest.raises(SystemExit):
+        main(["build", "items", str(config)])
+    assert "nearest known key is 'model'" in capsys.readouterr().err
+
+
+def test_templates_of_the_user(world, backend, tmp_path, capsys):
+    main(["prompts", "cp", str(tmp_path / "mine")])
+    (tmp_path / "mine" / "mllm_srec.viu.txt").write_text("Only colors, please.")
+    summarize_items(ItemOptions(world.folder, "rule", templates=tmp_path / "mine", limit=2))
+    assert any("Only colors, please." in words_of(request.messages) for request in backend.asked)
+    main(["prompts", "ls"])
+    assert "{visual_summary}" in capsys.readouterr().out
