@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
+import polars as pl
+
 from recllm.data.dataset import Dataset
+from recllm.errors import DataError
 from recllm.mllm.images import ImageError, load_image
 from recllm.prompts.safe_text import safe_text
 
@@ -13,49 +17,63 @@ TITLE_LIMIT, TEXT_LIMIT, CATEGORIES_LIMIT, PROFILE_LIMIT, ID_LIMIT = 300, 2000, 
 """Characters of each kind of text that a prompt keeps; ours."""
 SUMMARY_LIMIT = 2000
 """Characters kept of a model's own text where it enters another prompt."""
-
-
 _SMALL = 4096  # pixels: the file is read to its end, but little is made of it
+_HELD = 65_536  # items whose text is kept ready
 
 
 class Catalog:
-    """The items of a dataset as prompts show them, by code (row number in the items table)."""
+    """The items of a dataset as prompts show them, by code (row number in the items table).
 
-    def __init__(self, dataset: Dataset, special_tokens: Sequence[str] = ()) -> None:
+    Args:
+        dataset: The dataset.
+        special_tokens: Special tokens of the models in use, which no text may spell.
+
+    Attributes:
+        folder: The dataset folder.
+        ids: The items' ids.
+        special_tokens: As given.
+    """
+
+    def __init__(self, dataset: Dataset, special_tokens: Iterable[str] = ()) -> None:
         items = dataset.items
         self.folder = dataset.folder
         self.ids: list[str] = items["item"].to_list()
+        self.special_tokens = tuple(special_tokens)
         self._titles, self._texts = items["title"], items["text"]
         self._categories, self._images = items["categories"], items["images"]
-        self._special_tokens = special_tokens
+        self.described = lru_cache(_HELD)(self._described)
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    def safe(self, text: str | None, limit: int = SUMMARY_LIMIT) -> str:
+        """Returns text from data, or from a model, as prompts may show it."""
+        return safe_text(text, special_tokens=self.special_tokens, limit=limit)
+
     def title(self, code: int) -> str:
         """Returns an item's title."""
-        return self._safe(self._titles[code], TITLE_LIMIT)
+        return self.safe(self._titles[code], TITLE_LIMIT)
 
     def text(self, code: int) -> str:
         """Returns an item's description."""
-        return self._safe(self._texts[code], TEXT_LIMIT)
+        return self.safe(self._texts[code], TEXT_LIMIT)
 
     def categories(self, code: int) -> str:
         """Returns an item's categories, separated by commas, the widest first."""
-        return self._safe(", ".join(self._names(code)), CATEGORIES_LIMIT)
+        return self.safe(", ".join(self._names(code)), CATEGORIES_LIMIT)
 
     def narrowest_category(self, code: int) -> str:
         """Returns the last of an item's categories; empty where it has none."""
         names = self._names(code)
-        return self._safe(names[-1], CATEGORIES_LIMIT) if names else ""
+        return self.safe(names[-1], CATEGORIES_LIMIT) if names else ""
 
     def fields(self, code: int) -> dict[str, str]:
         """Returns title, categories and text, as templates take them."""
         return {"title": self.title(code), "categories": self.categories(code), "text": self.text(code)}
 
-    def described(self, code: int) -> str:
-        """Returns title, categories and text as sentences in one line; what is empty is left out."""
-        return " ".join(_sentence(value) for value in self.fields(code).values() if value)
+    def told(self, code: int, summaries: Sequence[str]) -> str:
+        """Returns an item's summary, or title, categories and text where it has none."""
+        return (self.safe(summaries[code]) if len(summaries) else "") or self.described(code)
 
     def image(self, code: int) -> str | None:
         """Returns the path of an item's first image, relative to the dataset folder; None without images."""
@@ -67,11 +85,12 @@ class Catalog:
         image = self.image(code)
         return None if image is None else self.folder / image
 
+    def _described(self, code: int) -> str:
+        """Title, categories and text as sentences in one line; what is empty is left out."""
+        return " ".join(_sentence(value) for value in self.fields(code).values() if value)
+
     def _names(self, code: int) -> list[str]:
         return [name for name in self._categories[code].to_list() if name and name.strip()]
-
-    def _safe(self, text: str | None, limit: int) -> str:
-        return safe_text(text, special_tokens=self._special_tokens, limit=limit)
 
 
 class ImageCheck:
@@ -103,6 +122,22 @@ class ImageCheck:
             self.unusable[self.catalog.ids[code]] = str(error)
             return False
         return True
+
+
+def profiles_of(dataset: Dataset) -> pl.Series | None:
+    """Returns the users' profiles as text, by user code; None where users.parquet has no such column.
+
+    Raises:
+        DataError: The column is neither text nor numbers.
+    """
+    if "profile" not in dataset.users.columns:
+        return None
+    profiles = dataset.users["profile"]
+    if not (profiles.dtype == pl.String or profiles.dtype.is_numeric()):
+        raise DataError(
+            f"{dataset.folder / 'users.parquet'}: the column 'profile' is {profiles.dtype}; expected text"
+        )
+    return profiles.cast(pl.String).fill_null("")
 
 
 def numbered(lines: Sequence[str]) -> str:

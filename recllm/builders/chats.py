@@ -6,12 +6,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from recllm.builders.catalog import ID_LIMIT, PROFILE_LIMIT, SUMMARY_LIMIT, Catalog, numbered
+from recllm.builders.catalog import ID_LIMIT, PROFILE_LIMIT, Catalog, numbered
 from recllm.builders.histories import History
 from recllm.builders.options import InstructionOptions
-from recllm.builders.preferences import Summary
-from recllm.mllm.chat import Message, message
-from recllm.prompts.safe_text import IMAGE_MARK, safe_text
+from recllm.builders.preferences import ItemTexts, Summary
+from recllm.errors import DataError
+from recllm.mllm.chat import Message, hash_of_messages, message
+from recllm.prompts.safe_text import IMAGE_MARK
 from recllm.prompts.templates import Template
 
 YES, NO = "Yes.", "No."
@@ -26,7 +27,7 @@ class Chat:
     Attributes:
         messages: The turns; the last is the question.
         images: Relative paths, one for each image part.
-        shown: Row numbers of the interactions that the prompt tells of, be it through a summary.
+        shown: Row numbers of the interactions that the prompt may tell of, be it through a summary.
     """
 
     messages: tuple[Message, ...]
@@ -35,14 +36,16 @@ class Chat:
 
 
 class Composer:
-    """Writes the chat for one user and one candidate.
+    """Writes the chats of instruction tuples.
 
     Args:
         catalog: The items.
         templates: By name.
         options: Form and contents.
-        visual: What VIU wrote, by item code; needed for `cot`.
-        summaries: What IMSG wrote, by item code; needed for `cot` and where the history is shown by summary.
+        visual: What VIU wrote; needed for `cot`.
+        combined: What IMSG wrote; needed for `cot`.
+        lines: What histories say of items: what TUBC was given, or what IMSG wrote; None for titles and
+            texts.
         has_image: Tells whether an item has an image that can be shown.
     """
 
@@ -51,98 +54,151 @@ class Composer:
         catalog: Catalog,
         templates: Mapping[str, Template],
         options: InstructionOptions,
-        visual: Sequence[str],
-        summaries: Sequence[str],
+        visual: ItemTexts | None,
+        combined: ItemTexts | None,
+        lines: ItemTexts | None,
         has_image: Callable[[int], bool],
     ) -> None:
         self.catalog, self.options = catalog, options
-        self._viu, self._imsg = templates["mllm_srec.viu"], templates["mllm_srec.imsg"]
-        self._tubc, self._question = templates["mllm_srec.tubc"], templates["mllm_srec.question"]
-        self._visual, self._summaries, self._has_image = visual, summaries, has_image
+        self.viu, self.imsg = templates["mllm_srec.viu"], templates["mllm_srec.imsg"]
+        self.tubc, self.question = templates["mllm_srec.tubc"], templates["mllm_srec.question"]
+        self.templates = (self.viu, self.imsg, self.tubc, self.question)
+        self.visual, self.combined = visual, combined
+        self._lines: Sequence[str] = lines.texts if lines else ()
+        self._has_image = has_image
 
-    def compose(
-        self, user: str, profile: str, history: History, summary: Summary | None, item: int, listed: int
-    ) -> Chat:
-        """Returns the chat. What belongs to the user comes first and the candidate last, so that the
-        candidates of a user share a prefix.
+    def about(self, user: str, profile: str, history: History, summary: Summary | None) -> UserChats:
+        """Returns what writes the chats of one user and one point in time.
 
         Args:
             user: The user's id.
             profile: The user's profile; may be empty.
             history: What is known of the user, oldest first.
             summary: The last summary within it.
-            item: Code of the candidate.
-            listed: How many of the latest interactions the question lists.
         """
-        images: list[str] = []
-        messages: list[Message] = []
-        shown = history.rows[: summary.end].tolist() if summary else []
-        latest = int(history.items[-1]) if len(history.items) else None
-        if self.options.form == "cot":
-            if self.options.cot_about == "history" and latest is not None:
-                messages += self._look(latest, images)
-                shown.append(int(history.rows[-1]))
-            if summary is not None:
-                messages += self._recall(history, summary)
-            if self.options.cot_about == "target":
-                messages += self._look(item, images)
-        recent = history.latest(listed) if listed else None
-        pictures = _Pictures()
-        lines = [self._line(int(code), pictures) for code in recent.items] if recent else []
-        question = self._question.fill(
-            {
-                "user": safe_text(user, limit=ID_LIMIT) if self.options.user_id else "",
-                "profile": safe_text(profile, limit=PROFILE_LIMIT) if self.options.profile else "",
-                "preference": safe_text(summary.text, limit=SUMMARY_LIMIT) if summary else "",
-                "history": numbered(lines),
-                "target": self._target(item, pictures),
-            }
-        )
-        question, shown_pictures = pictures.in_order(question)
-        messages.append(message("user", question))
-        if recent is not None:
-            shown += recent.rows.tolist()
-        return Chat(tuple(messages), (*images, *shown_pictures), tuple(sorted(set(shown))))
+        return UserChats(self, user, profile, history, summary)
 
-    def _look(self, item: int, images: list[str]) -> list[Message]:
-        """VIU and IMSG of one item with their answers; without what the item lacks."""
-        turns = []
-        visual = safe_text(self._visual[item], limit=SUMMARY_LIMIT)
-        if visual and (image := self._image(item)):
-            images.append(image)
-            turns.append(message("user", IMAGE_MARK + self._viu.fill({})))
-            turns.append(message("assistant", visual))
-        if combined := safe_text(self._summaries[item], limit=SUMMARY_LIMIT):
-            fields = {**self.catalog.fields(item), "visual_summary": visual}
-            turns.append(message("user", self._imsg.fill(fields)))
-            turns.append(message("assistant", combined))
-        return turns
-
-    def _recall(self, history: History, summary: Summary) -> list[Message]:
-        """TUBC's last window with its answer, as the model that wrote it saw it."""
-        window = history.items[summary.begin : summary.end].tolist()
-        prompt = window_prompt(self._tubc, [self.told(code) for code in window], summary.previous)
-        return [message("user", prompt), message("assistant", safe_text(summary.text, limit=SUMMARY_LIMIT))]
-
-    def told(self, item: int) -> str:
-        """Returns an item's summary, or title, categories and text where it has none."""
-        return item_line(self.catalog, self._summaries, item)
-
-    def _image(self, item: int) -> str | None:
+    def image(self, item: int) -> str | None:
+        """Returns the path of an item's image, if it can be shown."""
         return self.catalog.image(item) if self._has_image(item) else None
 
-    def _line(self, item: int, pictures: _Pictures) -> str:
-        how = self.options.history_as
+    def told(self, item: int) -> str:
+        """Returns what a history says of an item."""
+        return self.catalog.told(item, self._lines)
+
+    def look(self, item: int) -> tuple[list[Message], list[str]]:
+        """Returns VIU and IMSG of one item with their answers, and the images; less what the item lacks."""
+        turns, images = [], []
+        visual = self.catalog.safe(self.visual.texts[item]) if self.visual else ""
+        if self.visual and visual and (image := self.image(item)):
+            images.append(image)
+            asked = message("user", IMAGE_MARK + self.viu.fill({}, self.catalog.special_tokens))
+            turns += self._answered(asked, visual, self.visual, item)
+        if self.combined and (told := self.catalog.safe(self.combined.texts[item])):
+            fields = {**self.catalog.fields(item), "visual_summary": visual}
+            asked = message("user", self.imsg.fill(fields, self.catalog.special_tokens))
+            turns += self._answered(asked, told, self.combined, item)
+        return turns, images
+
+    def recall(self, user: str, history: History, summary: Summary) -> list[Message]:
+        """Returns TUBC's last window with its answer, as the model that wrote it saw it.
+
+        Raises:
+            DataError: The prompt is not the one that the summary answers.
+        """
+        answer = self.catalog.safe(summary.text)
+        if not answer:
+            return []
+        window = history.items[summary.begin : summary.end].tolist()
+        lines = [self.told(item) for item in window]
+        asked = message("user", window_prompt(self.catalog, self.tubc, lines, summary.previous))
+        if hash_of_messages((asked,)) != summary.prompt_hash:
+            raise DataError(
+                f"user {user!r}: the TUBC summary up to interaction {summary.end} answers another prompt "
+                "than templates and item texts give now; run `recllm build users` again"
+            )
+        return [asked, message("assistant", answer)]
+
+    def _answered(self, asked: Message, answer: str, texts: ItemTexts, item: int) -> list[Message]:
+        if hash_of_messages((asked,)) != texts.prompt_hashes[item]:
+            raise DataError(
+                f"item {self.catalog.ids[item]!r}: its text in {texts.name}.parquet answers another prompt "
+                "than templates and item texts give now; run `recllm build items` again"
+            )
+        return [asked, message("assistant", answer)]
+
+
+class UserChats:
+    """The chats of one user at one point in time.
+
+    What belongs to the user is written once and comes first, the candidate last, so that all candidates share
+    a prefix.
+    """
+
+    def __init__(
+        self, composer: Composer, user: str, profile: str, history: History, summary: Summary | None
+    ) -> None:
+        self._composer, self._history, self._summary = composer, history, summary
+        catalog, options = composer.catalog, composer.options
+        self._values = {
+            "user": catalog.safe(user, ID_LIMIT) if options.user_id else "",
+            "profile": catalog.safe(profile, PROFILE_LIMIT) if options.profile else "",
+            "preference": catalog.safe(summary.text) if summary else "",
+        }
+        self._earlier: list[Message] = []
+        self._images: list[str] = []
+        self._shown: set[int] = set(history.rows[: summary.end].tolist()) if summary else set()
+        if options.form == "cot":
+            if options.cot_about == "history" and len(history.items):
+                self._earlier, self._images = composer.look(int(history.items[-1]))
+                self._shown.add(int(history.rows[-1]))
+            if summary is not None:
+                self._earlier += composer.recall(user, history, summary)
+        self.most_listed = min(options.history, len(history.items))
+        recent = history.items[len(history.items) - self.most_listed :].tolist()
+        self._recent = [self._line(item) for item in recent]
+
+    def chat(self, item: int, listed: int) -> Chat:
+        """Returns the chat about one candidate.
+
+        Args:
+            item: Its code.
+            listed: How many of the latest interactions the question lists, at most `most_listed`.
+        """
+        composer = self._composer
+        earlier, images = list(self._earlier), list(self._images)
+        if composer.options.form == "cot" and composer.options.cot_about == "target":
+            turns, looked_at = composer.look(item)
+            earlier += turns
+            images += looked_at
+        recent = self._recent[len(self._recent) - listed :]
+        pictures = _Pictures()
+        values = {
+            **self._values,
+            "history": numbered([f"{pictures.add(image)}{text}".rstrip() for image, text in recent]),
+            "target": self._target(item, pictures),
+        }
+        text, in_order = pictures.in_order(composer.question.fill(values, composer.catalog.special_tokens))
+        rows = self._history.rows
+        shown = self._shown | set(rows[len(rows) - listed :].tolist())
+        return Chat((*earlier, message("user", text)), (*images, *in_order), tuple(sorted(shown)))
+
+    def _line(self, item: int) -> tuple[str | None, str]:
+        """A history item's image, if it is to be shown, and what is said of it."""
+        how, composer = self._composer.options.history_as, self._composer
         if how == "summary":
-            return self.told(item)
-        title = self.catalog.title(item)
-        if how == "title" or (image := self._image(item)) is None:
-            return title
-        return pictures.add(image) if how == "image" else f"{pictures.add(image)} {title}"
+            return None, composer.told(item)
+        title = composer.catalog.title(item)
+        image = composer.image(item) if how != "title" else None
+        if image is None:
+            return None, title or composer.told(item)
+        return image, "" if how == "image" else f" {title}"
 
     def _target(self, item: int, pictures: _Pictures) -> str:
-        text = self.catalog.described(item) if self.options.target_text else ""
-        if self.options.target_image and (image := self._image(item)) is not None:
+        composer = self._composer
+        text = composer.catalog.described(item) if composer.options.target_text else ""
+        image = composer.image(item) if composer.options.target_image else None
+        if image is not None:
             return f"{text} {pictures.add(image)}".lstrip()
         return text or "(nothing is known of it)"
 
@@ -153,8 +209,10 @@ class _Pictures:
     def __init__(self) -> None:
         self._paths: list[str] = []
 
-    def add(self, path: str) -> str:
-        """Returns the mark that stands for a picture until its place is known."""
+    def add(self, path: str | None) -> str:
+        """Returns the mark that stands for a picture until its place is known; nothing for no picture."""
+        if path is None:
+            return ""
         self._paths.append(path)
         return f"{IMAGE_MARK}{len(self._paths) - 1}{IMAGE_MARK}"
 
@@ -164,13 +222,8 @@ class _Pictures:
         return _NUMBERED_MARK.sub(IMAGE_MARK, text), found
 
 
-def item_line(catalog: Catalog, summaries: Sequence[str], item: int) -> str:
-    """Returns what a history says of an item: its summary, or title, categories and text without one."""
-    summary = safe_text(summaries[item], limit=SUMMARY_LIMIT) if len(summaries) else ""
-    return summary or catalog.described(item)
-
-
-def window_prompt(template: Template, lines: Sequence[str], previous: str) -> str:
+def window_prompt(catalog: Catalog, template: Template, lines: Sequence[str], previous: str) -> str:
     """Returns the TUBC prompt of one window (p3 of MLLM-SRec): its items, oldest first, after what the window
     before led to."""
-    return template.fill({"items": numbered(lines), "previous": safe_text(previous, limit=SUMMARY_LIMIT)})
+    values = {"items": numbered(lines), "previous": catalog.safe(previous)}
+    return template.fill(values, catalog.special_tokens)

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 
-from recllm.builders.catalog import SUMMARY_LIMIT
-from recllm.builders.chats import item_line, window_prompt
+from recllm.builders.chats import window_prompt
 from recllm.builders.histories import Histories, windows
 from recllm.builders.options import UserOptions
+from recllm.builders.preferences import ItemTexts
 from recllm.builders.session import Session
+from recllm.builders.texts import text_path
 from recllm.mllm.chat import Request, message
 from recllm.mllm.generation.run import Counts, Generated
-from recllm.prompts.safe_text import safe_text
 from recllm.prompts.templates import Template
 
 TUBC_TOKENS = 256
 """The longest answer; ours."""
 
 
-def follow_drift(
-    session: Session, options: UserOptions, histories: Histories, summaries: Sequence[str]
-) -> None:
+def drift_path(session: Session, part: str) -> Path:
+    """Returns where TUBC's summaries for a part go: texts/tubc[-TAG]-PART.parquet."""
+    tag = f"-{session.options.tag}" if session.options.tag else ""
+    return text_path(session.dataset.folder, f"tubc{tag}-{part}")
+
+
+def follow_drift(session: Session, options: UserOptions, histories: Histories, told: ItemTexts) -> None:
     """Writes texts/tubc-PART: the windows of all users in turn, the first ones, then the second ones, ...
 
     Args:
@@ -31,28 +35,27 @@ def follow_drift(
         options: Windows, limits.
         histories: The histories of one part; for `train`, each without its last item
             (`Histories.summarized`).
-        summaries: What IMSG wrote of the items, by code.
+        told: What the windows say of the items, usually by IMSG.
     """
     name, decoding = f"tubc-{histories.part}", session.decoding(TUBC_TOKENS)
     template = session.templates["mllm_srec.tubc"]
     users = list(itertools.islice(histories.users(), options.limit))
-    chains = [_Chain(session, options, histories, user) for user in users]
+    chains = [_Chain(session, options, histories, told, user) for user in users]
     counts, active = Counts(0, 0, 0, 0, 0), chains
     for wave in itertools.count():
         active = [chain for chain in active if chain.goes_on(wave)]
         if not active:
             break
-        requests = (chain.request(wave, template, summaries) for chain in active)
+        requests = (chain.request(wave, template) for chain in active)
         if options.dry_run:
-            session.preview(name, requests, decoding)
-            total = sum(len(chain.windows) for chain in active)
-            print(f"{name}: {total:,} windows of {len(active):,} users; the above are the first of each")
+            windows_in_all = sum(len(chain.windows) for chain in chains)
+            session.preview(name, requests, decoding, total=windows_in_all)
             return
         answers = session.answer(f"{name}, window {wave + 1}", requests, decoding)
         for number, (chain, (_, result)) in enumerate(zip(active, answers.results(), strict=True)):
             chain.keys.append(answers.key(number))
             chain.prompt_hashes.append(int(answers.prompt_hash(number), 16))
-            chain.latest = None if result.error else safe_text(result.text, limit=SUMMARY_LIMIT)
+            chain.latest = None if result.error else result.text
         counts = _plus(counts, answers.counts)
     steps = [(chain, number) for chain in chains for number in range(len(chain.keys))]
     generated = Generated(
@@ -70,14 +73,18 @@ def follow_drift(
         "window": options.window,
         "step": options.step,
         "max_history": options.max_history,
+        "item_texts": told.name,
+        "item_texts_sha256": told.sha256,
         "users": len(users),
+        "users_without_summary": sum(not chain.keys for chain in chains),
     }
     extra = {
         "user": [chain.name for chain, _ in steps],
         "begin": [chain.windows[number][0] for chain, number in steps],
         "end": [chain.windows[number][1] for chain, number in steps],
     }
-    session.write(name, generated, decoding, [template], facts, extra)
+    path = drift_path(session, histories.part)
+    session.write(name, generated, decoding, [template], facts, extra, path)
 
 
 class _Chain:
@@ -91,8 +98,10 @@ class _Chain:
         prompt_hashes: The hashes of their prompts.
     """
 
-    def __init__(self, session: Session, options: UserOptions, histories: Histories, user: int) -> None:
-        self._catalog = session.catalog
+    def __init__(
+        self, session: Session, options: UserOptions, histories: Histories, told: ItemTexts, user: int
+    ) -> None:
+        self._catalog, self._told = session.catalog, told.texts
         self._items = histories.summarized(user).items
         self.name: str = session.dataset.users["user"][user]
         self.windows = latest_windows(len(self._items), options.window, options.step, options.max_history)
@@ -106,10 +115,10 @@ class _Chain:
     def request_id(self, wave: int) -> str:
         return f"{self.name}#{wave}"
 
-    def request(self, wave: int, template: Template, summaries: Sequence[str]) -> Request:
+    def request(self, wave: int, template: Template) -> Request:
         begin, end = self.windows[wave]
-        lines = [item_line(self._catalog, summaries, item) for item in self._items[begin:end].tolist()]
-        prompt = window_prompt(template, lines, self.latest or "")
+        lines = [self._catalog.told(item, self._told) for item in self._items[begin:end].tolist()]
+        prompt = window_prompt(self._catalog, template, lines, self.latest or "")
         return Request(self.request_id(wave), (message("user", prompt),))
 
 
@@ -121,10 +130,10 @@ def latest_windows(length: int, window: int, step: int, most: int) -> list[tuple
         window: Interactions in a window.
         step: Interactions from the start of one to the next.
         most: Windows begin within the latest `most` interactions; 0 for all. They stay where they are in the
-            whole history.
+            whole history. The last one is always there.
     """
-    first = length - most if most else 0
-    return [(begin, end) for begin, end in windows(length, window, step) if begin >= first]
+    cuts = windows(length, window, step)
+    return [cut for cut in cuts if not most or cut[0] >= length - most] or cuts[-1:]
 
 
 def _plus(one: Counts, other: Counts) -> Counts:

@@ -10,15 +10,13 @@ import polars as pl
 
 from recllm.builders.catalog import Catalog
 from recllm.builders.histories import training_reviews
-from recllm.builders.options import ImagePromptOptions
-from recllm.builders.session import text_path
+from recllm.builders.options import ImagePromptOptions, check_least, check_plain
+from recllm.builders.texts import check_free, describe_template, text_path
 from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
-from recllm.errors import DataError
 from recllm.files import write_file
 from recllm.prompts import TEMPLATES
 from recllm.prompts.reveal import INITIAL, review_keywords
-from recllm.prompts.safe_text import safe_text
 from recllm.prompts.templates import Template, load_templates
 
 KEYWORD_LIMIT = 40
@@ -43,7 +41,7 @@ def initial_prompts(
     for code, item in enumerate(catalog.ids):
         keywords: list[str] = []
         if upcoming is not None and upcoming[0] == code:
-            keywords = [safe_text(word, limit=KEYWORD_LIMIT) for word in review_keywords(upcoming[1], count)]
+            keywords = [catalog.safe(word, KEYWORD_LIMIT) for word in review_keywords(upcoming[1], count)]
             upcoming = next(reviews, None)
         category = catalog.narrowest_category(code)
         values = {
@@ -61,6 +59,9 @@ def write_initial_prompts(options: ImagePromptOptions) -> None:
     Raises:
         DataError: The split is missing, or the file exists.
     """
+    check_plain("--tag", options.tag)
+    check_plain("--split", options.split)
+    check_least(1, keywords=options.keywords)
     dataset = Dataset.open(options.dataset)
     split = Split.open(dataset.folder / "splits" / options.split, dataset=dataset)
     template = load_templates(TEMPLATES, options.templates)[INITIAL.name]
@@ -70,8 +71,7 @@ def write_initial_prompts(options: ImagePromptOptions) -> None:
             print(f"--- {item}\n{prompt}")
         return
     path = text_path(dataset.folder, "reveal-prompts", options.tag)
-    if path.exists() and not options.overwrite:
-        raise DataError(f"{path} exists already; --overwrite replaces it, --tag writes beside it")
+    check_free(path, overwrite=options.overwrite)
     schema = {"id": pl.String, "text": pl.String, "keywords": pl.List(pl.String)}
     table = pl.DataFrame(list(prompts), schema=schema, orient="row")
     facts = {
@@ -80,7 +80,7 @@ def write_initial_prompts(options: ImagePromptOptions) -> None:
         "split_hash": split.split_hash,
         "part": "train",
         "keywords": options.keywords,
-        "template": template.source,
+        "templates": {template.name: describe_template(template)},
     }
     metadata = {"recllm.prompts": orjson.dumps(facts).decode()}
     write_file(path, lambda temporary: table.write_parquet(temporary, metadata=metadata))

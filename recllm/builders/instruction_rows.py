@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from recllm.builders.chats import NO, YES, Chat, Composer
+from recllm.builders.catalog import profiles_of
+from recllm.builders.chats import NO, YES, Chat, Composer, UserChats
 from recllm.builders.histories import Histories, History, Target
-from recllm.builders.negatives import NegativeSampler
+from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions
 from recllm.builders.preferences import Preferences
 from recllm.builders.prompt_length import PromptLength
+from recllm.data.dataset import describe_file
 from recllm.data.splits import Split
 from recllm.errors import DataError
-from recllm.mllm.chat import message
+from recllm.files import read_json
+from recllm.mllm.chat import IMAGE_PART, Request, message
+from recllm.mllm.images import resolve_image
 from recllm.mllm.token_budget import BudgetError
 
 _MESSAGES = pl.List(
@@ -52,6 +57,7 @@ class InstructionBuilder:
 
     Attributes:
         counts: What was made and what was left out, for the manifest; complete after `rows` has ended.
+        protocol: The split's protocol, with the candidates' part where a file of them is used.
     """
 
     def __init__(
@@ -60,7 +66,7 @@ class InstructionBuilder:
         part: str,
         options: InstructionOptions,
         composer: Composer,
-        sampler: NegativeSampler,
+        sampler: TrainingNegatives,
         preferences: Preferences | None,
         length: PromptLength | None,
     ) -> None:
@@ -68,31 +74,29 @@ class InstructionBuilder:
         self.composer, self.sampler = composer, sampler
         self.preferences, self.length = preferences, length
         self.histories = Histories(split, part)
-        users = split.dataset.users
-        self._user_ids = users["user"]
-        self._profiles = users["profile"] if "profile" in users.columns else None
+        self._user_ids = split.dataset.users["user"]
+        self._profiles = profiles_of(split.dataset)
         self._item_ids = split.dataset.items["item"]
-        self._candidates = self._read_candidates()
+        self.protocol = split.protocol
+        self._candidates = None
+        if options.candidates is not None and part != "train":
+            self._candidates, self.protocol = read_candidates(split, options.candidates, part)
         self.counts: Counter[str] = Counter()
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Yields the rows, user by user, targets in order of time, each positive before its negatives."""
-        for number, user in enumerate(self.histories.users()):
-            if number == self.options.limit:
-                return
+        for user in islice(self.histories.users(), self.options.limit):
             self.counts["users"] += 1
-            history, rng = self.histories.history(user), self.sampler.rng(user)
-            touched = np.unique(np.concatenate([history.items, self._held_out_items(user)]))
-            for target in self._chosen_targets(user):
-                candidates = self._candidates_of(user, target)
-                if candidates is None:
-                    candidates = self.sampler.draw(rng, target, touched, self.options.negatives)
-                    self.counts["negatives_missing"] += self.options.negatives - len(candidates)
-                for item in [target.item, *candidates]:
-                    yield self._row(user, target, item)
+            targets = self.histories.targets(user)
+            known_items = np.unique(
+                np.concatenate([self.histories.history(user).items, [target.item for target in targets]])
+            )
+            for target in self._chosen(user, targets):
+                yield from self._rows_of(
+                    user, target, [target.item, *self._others(user, target, known_items)]
+                )
 
-    def _chosen_targets(self, user: int) -> list[Target]:
-        targets = self.histories.targets(user)
+    def _chosen(self, user: int, targets: list[Target]) -> list[Target]:
         if self.part != "train":
             return targets
         if self.preferences is not None:
@@ -101,75 +105,115 @@ class InstructionBuilder:
             self.counts["users_without_summary"] += not targets
         return targets[-self.options.targets_per_user :] if self.options.targets_per_user else targets
 
-    def _held_out_items(self, user: int) -> np.ndarray:
-        """The targets of one held-out part are no negatives of each other; training knows of none."""
-        return np.array([target.item for target in self.histories.targets(user)], dtype=np.int64)
+    def _others(self, user: int, target: Target, known_items: np.ndarray) -> list[int]:
+        """The negatives of a target. Those of one held-out part's targets are no negatives of each other;
+        training knows of no held-out part."""
+        if self._candidates is not None:
+            name = self._user_ids[user], self._item_ids[target.item]
+            if name not in self._candidates:
+                raise DataError(
+                    f"{self.split.folder}/candidates/{self.options.candidates}: no list for user {name[0]!r} "
+                    f"and target {name[1]!r}; make the candidates again"
+                )
+            return self._candidates[name]
+        drawn = self.sampler.draw(user, target, known_items, self.options.negatives)
+        self.counts["negatives_missing"] += self.options.negatives - len(drawn)
+        return drawn
 
-    def _row(self, user: int, target: Target, item: int) -> dict[str, Any]:
-        name, label = self._user_ids[user], item == target.item
-        identifier = f"{name}/{target.row}/{self._item_ids[item]}"
-        chat = self._within_budget(user, target, item, identifier)
-        if not self.histories.allowed[list(chat.shown)].all() or target.row in chat.shown:
-            raise RuntimeError(f"{identifier}: the prompt tells of an interaction that must not be known")
-        self.counts["rows"] += 1
-        self.counts["positives" if label else "negatives"] += 1
-        self.counts["rows_without_image"] += not chat.images
-        return {
-            "id": identifier,
-            "user": name,
-            "item": self._item_ids[item],
-            "label": int(label),
-            "target": self._item_ids[target.item],
-            "target_row": target.row,
-            "prompt": list(chat.messages),
-            "completion": [message("assistant", YES if label else NO)],
-            "images": list(chat.images),
-            "shown": list(chat.shown),
-        }
-
-    def _within_budget(self, user: int, target: Target, item: int, identifier: str) -> Chat:
-        """Composes the chat, with the oldest listed items left out, whole, while it is too long."""
+    def _rows_of(self, user: int, target: Target, items: list[int]) -> Iterator[dict[str, Any]]:
+        """The rows of one target and its negatives, all with the same history."""
         name = self._user_ids[user]
         history = self.histories.history(user)
         known = History(user, history.rows[: target.known], history.items[: target.known])
         summary = self.preferences.before(name, target.known) if self.preferences else None
-        profile = (self._profiles[user] or "") if self._profiles is not None else ""
-        fits = min(self.options.history, len(known.items))
-        for listed in range(fits, -1, -1):
-            chat = self.composer.compose(name, profile, known, summary, item, listed)
-            if self.length is None or self.options.max_prompt_tokens is None:
-                return chat
-            tokens = self.length.of(identifier, chat)
-            if tokens <= self.options.max_prompt_tokens:
-                self.counts["history_items_left_out"] += fits - listed
-                self.counts["longest_prompt_tokens"] = max(self.counts["longest_prompt_tokens"], tokens)
-                return chat
-        raise BudgetError(
-            f"{identifier}: the prompt has {tokens:,} tokens without any listed history item, but "
-            f"--max-prompt-tokens is {self.options.max_prompt_tokens:,}; allow more, or fewer --max-pixels"
-        )
+        self.counts["rows_without_summary"] += len(items) * (self.preferences is not None and summary is None)
+        profile = self._profiles[user] if self._profiles is not None else ""
+        chats = self.composer.about(name, profile, known, summary)
+        listed = self._fitting(chats, target, name, items)
+        for item in items:
+            chat = chats.chat(item, listed)
+            self._guard(chat, known, f"user {name!r}, row {target.row}")
+            self.counts["rows"] += 1
+            self.counts["positives" if item == target.item else "negatives"] += 1
+            if self.options.target_image and self.composer.image(item) is None:
+                self.counts["rows_without_target_image"] += 1
+            yield {
+                "id": f"{target.row}/{name}/{self._item_ids[item]}",
+                "user": name,
+                "item": self._item_ids[item],
+                "label": int(item == target.item),
+                "target": self._item_ids[target.item],
+                "target_row": target.row,
+                "prompt": list(chat.messages),
+                "completion": [message("assistant", YES if item == target.item else NO)],
+                "images": list(chat.images),
+                "shown": list(chat.shown),
+            }
 
-    def _read_candidates(self) -> dict[tuple[str, str], list[int]] | None:
-        if self.options.candidates is None or self.part == "train":
-            return None
-        path = self.split.folder / "candidates" / self.options.candidates / f"{self.part}.parquet"
-        if not path.exists():
-            raise DataError(
-                f"{path} does not exist; make it with `recllm data candidates {self.split.folder}`"
+    def _guard(self, chat: Chat, known: History, where: str) -> None:
+        """Stops the run where a prompt tells what must not be known: a defense against our own faults."""
+        shown = list(chat.shown)
+        if not self.histories.allowed[shown].all() or not set(shown) <= set(known.rows.tolist()):
+            raise RuntimeError(f"{where}: the prompt tells of an interaction that must not be known")
+        parts = (part["type"] for turn in chat.messages for part in turn["content"])
+        if sum(kind == "image" for kind in parts) != len(chat.images):
+            raise RuntimeError(f"{where}: the prompt has not as many image parts as images")
+
+    def _fitting(self, chats: UserChats, target: Target, name: str, items: list[int]) -> int:
+        """Returns how many history items the prompts of all candidates can list within the budget."""
+        budget = self.options.max_prompt_tokens
+        if self.length is None or budget is None:
+            return chats.most_listed
+
+        def longest(listed: int) -> tuple[int, int]:
+            return max((self.length.of(name, chats.chat(item, listed)), item) for item in items)
+
+        too_many, listed = chats.most_listed + 1, 0
+        tokens, item = longest(0)
+        if tokens > budget:
+            raise BudgetError(
+                f"sample {target.row}/{name}/{self._item_ids[item]}: its prompt has {tokens:,} tokens "
+                f"without any listed history item, but --max-prompt-tokens is {budget:,}; allow more, or "
+                "fewer --max-pixels"
             )
-        code_of = {item: code for code, item in enumerate(self._item_ids)}
-        lists: dict[tuple[str, str], list[int]] = {}
-        table = pl.read_parquet(path, glob=False, columns=["user", "target", "item", "label"])
-        for user, target, item, label in table.iter_rows():
-            negatives = lists.setdefault((user, target), [])
-            if not label:
-                negatives.append(code_of[item])
-        return lists
+        while too_many - listed > 1:
+            middle = (too_many + listed) // 2
+            fits = longest(middle)[0]
+            if fits <= budget:
+                listed, tokens = middle, fits
+            else:
+                too_many = middle
+        self.counts["history_items_left_out"] += (chats.most_listed - listed) * len(items)
+        self.counts["longest_prompt_tokens"] = max(self.counts["longest_prompt_tokens"], tokens)
+        return listed
 
-    def _candidates_of(self, user: int, target: Target) -> list[int] | None:
-        if self._candidates is None:
-            return None
-        return self._candidates[self._user_ids[user], self._item_ids[target.item]]
+
+def read_candidates(split: Split, name: str, part: str) -> tuple[dict[tuple[str, str], list[int]], str]:
+    """Reads a split's candidate file.
+
+    Returns:
+        The negatives of each (user, target) as item codes, in the file's order, and the protocol.
+
+    Raises:
+        DataError: The file is missing, is not the one that its manifest describes, or names unknown items.
+    """
+    folder = split.folder / "candidates" / name
+    path = folder / f"{part}.parquet"
+    if not path.exists():
+        raise DataError(f"{path} does not exist; make it with `recllm data candidates {split.folder}`")
+    manifest = read_json(folder / "manifest.json", "candidates (made by `recllm data candidates`)")
+    if describe_file(path) != manifest.get("files", {}).get(path.name):
+        raise DataError(f"{path} is not the file that manifest.json describes; make the candidates again")
+    code_of = {item: code for code, item in enumerate(split.dataset.items["item"])}
+    lists: dict[tuple[str, str], list[int]] = {}
+    table = pl.read_parquet(path, glob=False, columns=["user", "target", "item", "label"])
+    for user, target, item, label in table.iter_rows():
+        negatives = lists.setdefault((user, target), [])
+        if item not in code_of:
+            raise DataError(f"{path}: user {user!r}, item {item!r}: no such item in {split.dataset.folder}")
+        if not label:
+            negatives.append(code_of[item])
+    return lists, f"{split.protocol}/{name}"
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]], block: int = 2048) -> None:
@@ -185,3 +229,22 @@ def write_rows(path: Path, rows: Iterator[dict[str, Any]], block: int = 2048) ->
                 writer.write_table(pl.DataFrame(held, schema=SCHEMA).to_arrow().cast(schema))
                 held.clear()
         writer.write_table(pl.DataFrame(held, schema=SCHEMA).to_arrow().cast(schema))
+
+
+def request_of(row: Mapping[str, Any], folder: Path) -> Request:
+    """Returns the prompt of a row that was read from disk, as models take it.
+
+    Args:
+        row: A row of `instructions/<name>/<part>.parquet`, as a dictionary.
+        folder: The dataset folder, which the row's image paths are relative to.
+    """
+    messages = [
+        {
+            "role": turn["role"],
+            "content": [
+                dict(IMAGE_PART) if part["type"] == "image" else dict(part) for part in turn["content"]
+            ],
+        }
+        for turn in row["prompt"]
+    ]
+    return Request(row["id"], tuple(messages), tuple(resolve_image(folder, image) for image in row["images"]))

@@ -4,7 +4,7 @@
 
 | column       | meaning                                                                                     |
 |--------------|---------------------------------------------------------------------------------------------|
-| `id`         | names the row: user, positive's row number and item                                         |
+| `id`         | names the row: positive's row number, user and candidate                                    |
 | `user`       | the user's id                                                                               |
 | `item`       | the candidate's id                                                                          |
 | `label`      | 1 or 0                                                                                      |
@@ -13,7 +13,7 @@
 | `prompt`     | list of messages, `{role, content: [{type, text}, ...]}`; an image part's text is null      |
 | `completion` | one message, the assistant's: "Yes." or "No."                                               |
 | `images`     | relative paths, one for each image part, in order                                           |
-| `shown`      | row numbers of the interactions that the prompt tells of, be it through a summary           |
+| `shown`      | row numbers of the interactions that the prompt may tell of, be it through a summary        |
 """
 
 from __future__ import annotations
@@ -28,20 +28,28 @@ import orjson
 from recllm.builders.catalog import Catalog, ImageCheck
 from recllm.builders.chats import Chat, Composer
 from recllm.builders.instruction_rows import InstructionBuilder, write_rows
-from recllm.builders.negatives import NegativeSampler
-from recllm.builders.options import InstructionOptions
-from recllm.builders.preferences import Preferences, read_item_texts
+from recllm.builders.negatives import TrainingNegatives
+from recllm.builders.options import InstructionOptions, check_least, check_parts, check_plain
+from recllm.builders.preferences import ItemTexts, Preferences
 from recllm.builders.prompt_length import PromptLength
-from recllm.builders.session import text_path
+from recllm.builders.texts import describe_template, text_path
 from recllm.data.dataset import Dataset, describe_file
 from recllm.data.splits import Split
 from recllm.errors import DataError
-from recllm.files import sha256, staged_folder, write_json
+from recllm.files import staged_folder, write_json
 from recllm.prompts import TEMPLATES
-from recllm.prompts.templates import load_templates
+from recllm.prompts.templates import Template, load_templates
 from recllm.runs import describe_run
 
 _SHOWN = 2  # rows that a dry run prints
+_NAMED = 1000  # unusable images that a manifest names
+_TOLD = (
+    "users_without_summary",
+    "rows_without_summary",
+    "rows_without_target_image",
+    "negatives_missing",
+    "history_items_left_out",
+)
 
 
 def build_instructions(options: InstructionOptions) -> None:
@@ -54,35 +62,35 @@ def build_instructions(options: InstructionOptions) -> None:
     _check(options)
     dataset = Dataset.open(options.dataset)
     split = Split.open(dataset.folder / "splits" / options.split, dataset=dataset)
+    folder = dataset.folder / "instructions" / _folder_name(options)
+    _check_other_parts(folder, options)
+    preferences = {part: _preferences(split, part, options) for part in options.parts}
     length = None
     if options.processor is not None:
         length = PromptLength(options.processor, dataset.folder, options.min_pixels, options.max_pixels)
-    images = ImageCheck(Catalog(dataset))
-    composer, sources = _composer(dataset, options, images)
-    sampler = NegativeSampler(split, options.negative_sampling, options.seed)
-    builders = []
-    for part in options.parts:
-        preferences = None
-        if options.preference != "none":
-            path = text_path(dataset.folder, f"{options.preference}-{part}", options.tag)
-            preferences = Preferences.open(path, split, part)
-            sources[path.name] = sha256(path)
-        builders.append(InstructionBuilder(split, part, options, composer, sampler, preferences, length))
+    templates = load_templates(TEMPLATES, options.templates)
+    composer, images, sources = _composer(dataset, options, templates, preferences, length)
+    sampler = TrainingNegatives(split, options.negative_sampling, options.seed)
+    builders = [
+        InstructionBuilder(split, part, options, composer, sampler, preferences[part], length)
+        for part in options.parts
+    ]
     if options.dry_run:
         for builder in builders:
             _preview(builder)
         return
-    folder = dataset.folder / "instructions" / _folder_name(options)
     with staged_folder(folder, overwrite=options.overwrite) as staging:
         for builder in builders:
             write_rows(staging / f"{builder.part}.parquet", builder.rows())
         manifest = {
-            "protocol": split.protocol,
+            "protocols": {builder.part: builder.protocol for builder in builders},
             "split_hash": split.split_hash,
             "data_hash": dataset.data_hash,
             "settings": settings_of(options),
+            "templates": {each.name: describe_template(each) for each in composer.templates},
             "texts": sources,
-            "unusable_images": images.unusable,
+            "unusable_images": dict(islice(images.unusable.items(), _NAMED)),
+            "unusable_images_count": len(images.unusable),
             "counts": {builder.part: dict(sorted(builder.counts.items())) for builder in builders},
             "files": {path.name: describe_file(path) for path in sorted(staging.glob("*.parquet"))},
             "run": describe_run(),
@@ -94,21 +102,20 @@ def build_instructions(options: InstructionOptions) -> None:
             f"{folder / builder.part}.parquet: {counts['rows']:,} rows of {counts['users']:,} users, "
             f"{counts['positives']:,} yes and {counts['negatives']:,} no"
         )
-        for what in (
-            "users_without_summary",
-            "negatives_missing",
-            "history_items_left_out",
-            "rows_without_image",
-        ):
+        for what in _TOLD:
             if counts[what]:
                 print(f"  {what.replace('_', ' ')}: {counts[what]:,}")
-    for item, reason in list(images.unusable.items())[:_SHOWN]:
+    for item, reason in islice(images.unusable.items(), _SHOWN):
         print(f"  no image of {item}: {reason}")
 
 
 def _check(options: InstructionOptions) -> None:
-    if options.negatives < 0 or options.history < 0 or options.targets_per_user < 0:
-        raise DataError("--negatives, --history and --targets-per-user: expected 0 or more")
+    check_parts(options.parts)
+    check_least(0, negatives=options.negatives, history=options.history, seed=options.seed)
+    check_least(0, targets_per_user=options.targets_per_user)
+    check_least(1, limit=options.limit, max_prompt_tokens=options.max_prompt_tokens)
+    for name in ("split", "preference", "visual", "summaries", "candidates", "name"):
+        check_plain(f"--{name}", getattr(options, name))
     if not (options.target_image or options.target_text):
         raise DataError("--no-target-image and --no-target-text together leave nothing of the target")
     if options.max_prompt_tokens is not None and options.processor is None:
@@ -119,53 +126,81 @@ def _check(options: InstructionOptions) -> None:
 
 def _folder_name(options: InstructionOptions) -> str:
     held_out = "" if "train" in options.parts else "-" + "-".join(options.parts)
-    name = options.name or f"{options.split}-{options.form}{held_out}"
-    if Path(name).name != name or name.startswith("."):
-        raise DataError(f"--name {name!r}: expected a plain folder name")
-    return name
+    return options.name or f"{options.split}-{options.form}{held_out}"
+
+
+def _check_other_parts(folder: Path, options: InstructionOptions) -> None:
+    """Refuses to replace a folder by one that lacks some of its parts."""
+    kept = {path.stem for path in folder.glob("*.parquet")} - set(options.parts)
+    if kept and options.overwrite and not options.dry_run:
+        raise DataError(
+            f"{folder} also has {', '.join(sorted(kept))}, which --overwrite would delete; name all "
+            "--parts, or give another --name"
+        )
+
+
+def _preferences(split: Split, part: str, options: InstructionOptions) -> Preferences | None:
+    if options.preference == "none":
+        return None
+    path = text_path(split.dataset.folder, f"{options.preference}-{part}")
+    return Preferences.open(path, split, part)
 
 
 def _composer(
-    dataset: Dataset, options: InstructionOptions, images: ImageCheck
-) -> tuple[Composer, dict[str, str]]:
-    """Returns what writes the chats, and the hashes of the texts that it reads."""
-    sources: dict[str, str] = {}
+    dataset: Dataset,
+    options: InstructionOptions,
+    templates: dict[str, Template],
+    preferences: dict[str, Preferences | None],
+    length: PromptLength | None,
+) -> tuple[Composer, ImageCheck, dict[str, str]]:
+    """Returns what writes the chats, what tells usable images, and the hashes of the texts that are read."""
+    sources = {f"{options.preference}-{part}": each.sha256 for part, each in preferences.items() if each}
+    read: dict[str, ItemTexts] = {}
 
-    def texts(name: str, needed: bool) -> list[str]:
-        path = text_path(dataset.folder, name, options.tag)
-        if not needed:
-            return []
-        read = read_item_texts(path, dataset)
-        sources[path.name] = sha256(path)
-        return read
+    def texts(name: str, system: str) -> ItemTexts:
+        if name not in read:
+            command = f"recllm build items {dataset.folder} --system {system} --model NAME"
+            read[name] = ItemTexts.open(dataset.folder, name, dataset, command)
+            sources[name] = read[name].sha256
+        return read[name]
 
     cot = options.form == "cot"
-    summaries = texts("imsg", cot or (options.history > 0 and options.history_as == "summary"))
-    composer = Composer(
-        images.catalog,
-        load_templates(TEMPLATES, options.templates),
-        options,
-        texts("viu", cot),
-        summaries,
-        images,
-    )
-    return composer, sources
+    visual = texts(options.visual, "mllm_srec") if cot else None
+    combined = texts(options.summaries, "mllm_srec") if cot else None
+    lines = combined
+    if options.history and options.history_as == "summary":
+        lines = texts(options.summaries, "mllm_srec")
+    if cot and any(preferences.values()):  # TUBC's turn repeats what TUBC was told
+        lines = texts(_told_to_tubc(preferences), "mllm_srec")
+    known = {token for each in read.values() for token in each.special_tokens}
+    known |= {token for each in preferences.values() if each for token in each.metadata["special_tokens"]}
+    catalog = Catalog(dataset, sorted(known | set(length.special_tokens if length else ())))
+    images = ImageCheck(catalog)
+    composer = Composer(catalog, templates, options, visual, combined, lines, images)
+    return composer, images, sources
+
+
+def _told_to_tubc(preferences: dict[str, Preferences | None]) -> str:
+    names = {each.metadata["item_texts"] for each in preferences.values() if each}
+    if len(names) > 1:
+        raise DataError(
+            f"the parts' preferences were made from different item texts: {', '.join(sorted(names))}"
+        )
+    return names.pop()
 
 
 def _preview(builder: InstructionBuilder) -> None:
     rows = list(islice(builder.rows(), 200))
-    for row in rows[:_SHOWN]:
+    chats = [Chat(tuple(row["prompt"]), tuple(row["images"]), ()) for row in rows]
+    for row, chat in list(zip(rows, chats, strict=True))[:_SHOWN]:
         print(f"--- {builder.part}: {row['id']} (label {row['label']}, images {row['images']})")
-        chat = Chat(tuple(row["prompt"]), tuple(row["images"]), ())
         if builder.length is not None:
             print(builder.length.text(row["id"], chat))
         else:
             print(orjson.dumps(row["prompt"], option=orjson.OPT_INDENT_2).decode())
         print(f"--- completion: {row['completion'][0]['content'][0]['text']}")
     if builder.length is not None and rows:
-        lengths = [
-            builder.length.of(row["id"], Chat(tuple(row["prompt"]), tuple(row["images"]), ())) for row in rows
-        ]
+        lengths = [builder.length.of(row["id"], chat) for row, chat in zip(rows, chats, strict=True)]
         print(
             f"{builder.part}: prompts of {min(lengths):,} to {max(lengths):,} tokens, "
             f"{sum(lengths) / len(lengths):,.0f} on average (first {len(rows):,} rows)"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 
+import orjson
 import polars as pl
 
-from recllm.builders.catalog import SUMMARY_LIMIT, Catalog
+from recllm.builders.catalog import ID_LIMIT, Catalog
 from recllm.builders.options import ItemOptions
 from recllm.builders.session import Session
+from recllm.errors import DataError
 from recllm.files import write_file
 from recllm.mllm.chat import Request, Result, message
 from recllm.mllm.ranks import rank
@@ -55,24 +57,26 @@ def text_requests(
         if visual is not None:
             fields["visual_summary"] = ""
             if upcoming is not None and upcoming[0] == catalog.ids[code]:
-                fields["visual_summary"] = safe_text(upcoming[1].text, limit=SUMMARY_LIMIT)
+                fields["visual_summary"] = catalog.safe(upcoming[1].text)
                 upcoming = next(summaries, None)
         if any(fields.values()):
-            yield Request(catalog.ids[code], (message("user", template.fill(fields)),))
+            yield Request(
+                catalog.ids[code], (message("user", template.fill(fields, catalog.special_tokens)),)
+            )
 
 
 def _mllm_srec(session: Session, options: ItemOptions) -> None:
     """VIU (equation 1 of MLLM-SRec), then IMSG (equation 2)."""
     viu, imsg = session.templates["mllm_srec.viu"], session.templates["mllm_srec.imsg"]
     seeing, telling = session.decoding(VIU_TOKENS), session.decoding(IMSG_TOKENS)
-    catalog, codes = session.catalog, _codes(session)
     session.check_free("viu", "imsg")
-    looks = image_requests(catalog, codes, lambda code: viu.fill({}))
+    catalog, codes = session.catalog, _codes(session)
+    looks = image_requests(catalog, codes, lambda code: viu.fill({}, catalog.special_tokens))
     if options.dry_run:
         seen = [(request.id, result) for request, result in session.preview("viu", looks, seeing)]
         tried = {item for item, _ in seen}
         some = [code for code in codes if catalog.ids[code] in tried] or codes[: options.batch_size]
-        session.preview("imsg", text_requests(catalog, some, imsg, seen), telling)
+        session.preview("imsg", text_requests(catalog, some, imsg, seen), telling, total=len(codes))
         return
     visual = session.answer("viu", looks, seeing)
     session.write("viu", visual, seeing, [viu], _facts(session))
@@ -81,11 +85,18 @@ def _mllm_srec(session: Session, options: ItemOptions) -> None:
 
 
 def _one_image_step(
-    session: Session, options: ItemOptions, name: str, template: Template, prompt: Callable[[int], str]
+    session: Session,
+    options: ItemOptions,
+    name: str,
+    template: Template,
+    values: Callable[[int], dict[str, str]],
 ) -> None:
     decoding = session.decoding(DESCRIPTION_TOKENS)
     session.check_free(name)
-    requests = image_requests(session.catalog, _codes(session), prompt)
+    tokens = session.catalog.special_tokens
+    requests = image_requests(
+        session.catalog, _codes(session), lambda code: template.fill(values(code), tokens)
+    )
     if options.dry_run:
         session.preview(name, requests, decoding)
         return
@@ -95,16 +106,17 @@ def _one_image_step(
 def _vlm4rec(session: Session, options: ItemOptions) -> None:
     """Visual semantic grounding (equation 6 of VLM4Rec)."""
     name = "vlm4rec.grounding_with_title" if options.with_title else "vlm4rec.grounding"
-    template, titles = session.templates[name], session.catalog.title
-    step = name.removeprefix("vlm4rec.").replace("_", "-")
-    _one_image_step(session, options, step, template, lambda code: template.fill({"title": titles(code)}))
+    template, step = session.templates[name], name.removeprefix("vlm4rec.").replace("_", "-")
+    _one_image_step(session, options, step, template, lambda code: {"title": session.catalog.title(code)})
 
 
 def _mllmrec(session: Session, options: ItemOptions) -> None:
     """Semantic description (equation 1 of MLLMRec); its concatenation with the text is the reader's."""
     template = session.templates["mllmrec.description"]
-    filled = template.fill({"dataset_name": safe_text(options.dataset_name, limit=100)})
-    _one_image_step(session, options, "description", template, lambda code: filled)
+    values = {"dataset_name": safe_text(options.dataset_name, limit=ID_LIMIT)}
+    if not values["dataset_name"]:
+        raise DataError("--dataset-name is empty; say what the catalog is, for example `Amazon Baby`")
+    _one_image_step(session, options, "description", template, lambda code: values)
 
 
 def _mmsrarec(session: Session, options: ItemOptions) -> None:
@@ -114,7 +126,9 @@ def _mmsrarec(session: Session, options: ItemOptions) -> None:
     decoding = session.decoding(KEYWORD_TOKENS)
     names = ("image-keywords", "text-keywords", "keywords")
     session.check_free(*names)
-    looks = image_requests(session.catalog, _codes(session), lambda code: seeing.fill({}))
+    looks = image_requests(
+        session.catalog, _codes(session), lambda code: seeing.fill({}, session.catalog.special_tokens)
+    )
     reads = text_requests(session.catalog, _codes(session), reading)
     if options.dry_run:
         session.preview(names[0], looks, decoding)
@@ -127,7 +141,8 @@ def _mmsrarec(session: Session, options: ItemOptions) -> None:
     if rank() == 0:
         path = session.text_path(names[2])
         table = keyword_table(session.catalog.ids, of_images.results(), of_texts.results())
-        write_file(path, table.write_parquet)
+        metadata = {"recllm.keywords": orjson.dumps({"data_hash": session.dataset.data_hash}).decode()}
+        write_file(path, lambda temporary: table.write_parquet(temporary, metadata=metadata))
         print(f"{path}: {len(table):,} items, {table['keywords'].list.len().mean() or 0:.1f} keywords each")
 
 
@@ -138,19 +153,25 @@ def keyword_table(ids: Iterable[str], of_images: Answers, of_texts: Answers) -> 
     are left out.
     """
     lists: list[dict[str, list[str]]] = [
-        {item: parse_keywords(safe_text(result.text)) for item, result in answers}
-        for answers in (of_images, of_texts)
+        {item: _clean(result.text) for item, result in answers} for answers in (of_images, of_texts)
     ]
     rows = []
     for item in ids:
         image, text = (each.get(item, []) for each in lists)
-        both = {word.casefold(): word for word in [*reversed(text), *reversed(image)]}
-        ordered = [word for word in both.values()][::-1]
-        if ordered:
-            rows.append((item, ordered, image, text))
+        both: dict[str, str] = {}
+        for word in [*image, *text]:
+            both.setdefault(word.casefold(), word)
+        if both:
+            rows.append((item, list(both.values()), image, text))
     words = pl.List(pl.String)
     schema = {"id": pl.String, "keywords": words, "image_keywords": words, "text_keywords": words}
     return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def _clean(answer: str) -> list[str]:
+    """The keywords of an answer, each made safe; parsed first, because line breaks separate keywords."""
+    words = (safe_text(word, limit=ID_LIMIT) for word in parse_keywords(answer))
+    return list({word.casefold(): word for word in words if word}.values())
 
 
 SYSTEMS: dict[str, Callable[[Session, ItemOptions], None]] = {

@@ -15,7 +15,7 @@ Sampling = Literal["uniform", "in_time"]
 _DRAWS = 64  # draws a negative before the few items left are listed instead
 
 
-class NegativeSampler:
+class TrainingNegatives:
     """Draws negatives from the training items.
 
     Never an item of `touched`. Items that only the held-out parts have are not drawn either: training does
@@ -39,18 +39,16 @@ class NegativeSampler:
         self._seen = seen[self._pool]
         self._in_time = sampling == "in_time"
         self._seed = seed
-        self._users = split.dataset.users["user"]
+        self._users, self._items = split.dataset.users["user"], split.dataset.items["item"]
 
-    def rng(self, user: int) -> np.random.Generator:
-        """Returns the random numbers of a user, which depend on the seed and the user's id alone."""
-        digest = hashlib.sha256(self._users[user].encode()).digest()
-        return np.random.default_rng([self._seed, int.from_bytes(digest[:8])])
-
-    def draw(self, rng: np.random.Generator, target: Target, touched: np.ndarray, count: int) -> list[int]:
+    def draw(self, user: int, target: Target, touched: np.ndarray, count: int) -> list[int]:
         """Draws different negatives for one positive.
 
+        The draw depends on the seed, the user's and the positive's id, the training items and `touched`
+        alone.
+
         Args:
-            rng: The user's random numbers.
+            user: The user's code.
             target: The positive.
             touched: Item codes that are no negatives, sorted.
             count: How many.
@@ -58,6 +56,7 @@ class NegativeSampler:
         Returns:
             Item codes; fewer than `count` where there are no more.
         """
+        rng = self._rng(user, target.item)
         size = (
             int(np.searchsorted(self._seen, target.time, side="right")) if self._in_time else len(self._pool)
         )
@@ -70,6 +69,10 @@ class NegativeSampler:
                 return list(drawn)
         left = np.setdiff1d(self._pool[:size], np.concatenate([touched, np.array(list(drawn), dtype=int)]))
         return [*drawn, *rng.permutation(left)[: count - len(drawn)].tolist()]
+
+    def _rng(self, user: int, item: int) -> np.random.Generator:
+        name = f"{len(self._users[user])} {self._users[user]} {self._items[item]}"
+        return np.random.default_rng([self._seed, int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])])
 
 
 def _contains(ordered: np.ndarray, value: int) -> bool:

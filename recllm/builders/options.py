@@ -8,6 +8,29 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from recllm.errors import DataError
+
+
+def check_plain(name: str, value: str | None) -> None:
+    """Raises a `DataError` where a value that becomes part of a file name is more than a plain word."""
+    if value and (Path(value).name != value or value.startswith(".") or "\0" in value):
+        raise DataError(f"{name} {value!r}: expected a plain word, which is part of a file's name")
+
+
+def check_least(least: int, **values: int | None) -> None:
+    """Raises a `DataError` where a number is below `least`; None is not looked at."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise DataError(f"--{name.replace('_', '-')} {value}: expected {least} or more")
+
+
+def check_parts(parts: tuple[str, ...]) -> None:
+    """Raises a `DataError` where no part is named, or one twice."""
+    if not parts or len(set(parts)) < len(parts):
+        raise DataError(
+            f"--parts {' '.join(parts)}: expected one or more of train, valid and test, each once"
+        )
+
 
 @dataclass
 class ModelOptions:
@@ -93,8 +116,8 @@ class UserOptions(ModelOptions):
     split: str = "loo"
     """Name of a split below DATASET/splits."""
     system: Literal["mllm_srec", "mllmrec"] = "mllm_srec"
-    """mllm_srec: texts/tubc-PART, a summary for each window of the history, each fed into the next. mllmrec:
-    texts/preference, from the training items."""
+    """mllm_srec: texts/tubc-PART (with --tag, tubc-TAG-PART), a summary for each window of the history, each
+    fed into the next. mllmrec: texts/preference, from the training items."""
     parts: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid")
     """For mllm_srec: for whose targets. train: each training history without its last item; valid and test:
     what may be known when their targets are predicted. The test part is only opened when it is named."""
@@ -103,11 +126,13 @@ class UserOptions(ModelOptions):
     step: int = 3
     """Interactions from one window's start to the next; at most `window`, so that none is passed over."""
     max_history: int = 0
-    """Most interactions a user, the latest; 0 for all."""
+    """Only windows that begin within a user's latest so many interactions (mllm_srec), or only those
+    interactions (mllmrec); 0 for all."""
     item_texts: str | None = None
-    """Name of the item texts to use; by default imsg (mllm_srec) or description (mllmrec), with --tag."""
+    """Name of the item texts to read; by default imsg (mllm_srec) or description (mllmrec)."""
     max_prompt_tokens: int = 4096
-    """For mllmrec: longest prompt; the oldest items are left out of a longer one, whole."""
+    """For mllmrec: longest prompt; the oldest items are left out of a longer one, whole. Not with --backend
+    server, which counts tokens only afterwards."""
     leak_all_interactions: bool = False
     """For mllmrec: read every interaction, test items included, as the released code does. Only to show what
     the leak is worth: the file is called preference-leaky, and nothing else reads it by itself."""
@@ -130,6 +155,10 @@ class InstructionOptions:
     """Which parts to write; the test part is only opened when it is named."""
     preference: str = "tubc"
     """Name of the preference texts (tubc, read from texts/tubc-PART), or `none`."""
+    visual: str = "viu"
+    """Name of the texts that VIU wrote, for cot."""
+    summaries: str = "imsg"
+    """Name of the texts that IMSG wrote, for cot and for --history-as summary."""
     history: int = 0
     """How many of the latest items are listed besides; MLLM-SRec lists none."""
     history_as: Literal["summary", "title", "image", "image+title"] = "summary"
@@ -151,8 +180,6 @@ class InstructionOptions:
     """For valid and test: name of the split's candidates; each is a row, instead of sampled negatives."""
     targets_per_user: int = 1
     """Training positives a user, the latest; 0 for all. With preference texts, those after a summary."""
-    tag: str = ""
-    """The --tag of the texts to read."""
     processor: str | None = None
     """Model whose processor counts tokens, for --max-prompt-tokens and --dry-run: hub id, folder, `tiny`."""
     min_pixels: int | None = None
@@ -166,7 +193,7 @@ class InstructionOptions:
     name: str | None = None
     """Folder below DATASET/instructions; by default SPLIT-FORM."""
     seed: int = 42
-    """Seed of the negatives; a user's depend on it, on the user and the training log alone."""
+    """Seed of the negatives; a positive's depend on it, on user, positive, and what is known of the user."""
     limit: int | None = None
     """Only the first so many users that have targets."""
     dry_run: bool = False

@@ -8,12 +8,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
 from recllm.errors import DataError
+from recllm.files import sha256
 from recllm.mllm.texts import read_texts
+
+
+@dataclass(frozen=True)
+class ItemTexts:
+    """What a model wrote of the items.
+
+    Attributes:
+        name: The file's name without its suffix.
+        sha256: Hash of the file.
+        texts: One for each item code, empty where the file has none.
+        prompt_hashes: The prompt of each; empty where there is none.
+        special_tokens: Those of the model that wrote them.
+    """
+
+    name: str
+    sha256: str
+    texts: Sequence[str]
+    prompt_hashes: Sequence[str]
+    special_tokens: tuple[str, ...]
+
+    @classmethod
+    def open(cls, folder: Path, name: str, dataset: Dataset, made_by: str) -> ItemTexts:
+        """Reads DATASET/texts/<name>.parquet.
+
+        Args:
+            folder: The dataset folder.
+            name: The file's name without its suffix.
+            dataset: The dataset.
+            made_by: The command that makes such a file, for the error.
+
+        Raises:
+            DataError: The file is missing, or was made from another state of the dataset.
+        """
+        path = folder / "texts" / f"{name}.parquet"
+        if not path.exists():
+            raise DataError(f"{path} does not exist; write it first: {made_by}")
+        table, metadata = read_texts(path)
+        if metadata.get("data_hash") != dataset.data_hash:
+            raise DataError(f"{path} was made from another state of {dataset.folder}; make it again")
+        told = dataset.items.select("item").join(
+            table.select("text", "prompt_hash", item="id"), on="item", how="left", maintain_order="left"
+        )
+        texts, hashes = (told[column].fill_null("").to_list() for column in ("text", "prompt_hash"))
+        return cls(name, sha256(path), texts, hashes, tuple(metadata.get("special_tokens", ())))
 
 
 @dataclass(frozen=True)
@@ -25,18 +68,28 @@ class Summary:
         end: How many interactions the summary covers: those before `end`.
         text: The summary.
         previous: The summary before it; empty for the first.
+        prompt_hash: The prompt that it answers.
     """
 
     begin: int
     end: int
     text: str
     previous: str
+    prompt_hash: str
 
 
 class Preferences:
-    """The summaries of all users, by how far into the history each reaches."""
+    """The summaries of all users, by how far into the history each reaches.
 
-    def __init__(self, summaries: Mapping[str, Sequence[Summary]]) -> None:
+    Attributes:
+        metadata: What the file says of itself.
+        sha256: Hash of the file.
+    """
+
+    def __init__(
+        self, summaries: Mapping[str, Sequence[Summary]], metadata: dict[str, Any], file_hash: str
+    ) -> None:
+        self.metadata, self.sha256 = metadata, file_hash
         self._summaries = summaries
         self._ends = {user: [summary.end for summary in each] for user, each in summaries.items()}
 
@@ -45,54 +98,35 @@ class Preferences:
         """Reads texts/tubc-PART.
 
         Raises:
-            DataError: The file was made from another split, another state of it, or for another part: its
-                summaries may tell what must not be known.
+            DataError: The file is missing, or was made from another split, another state of it, or for
+                another part: its summaries may tell what must not be known.
         """
-        table, _ = read_user_texts(path, split, part)
+        if not path.exists():
+            command = f"recllm build users {split.dataset.folder} --split {split.folder.name} --parts {part}"
+            raise DataError(f"{path} does not exist; write it first: {command} --model NAME")
+        table, metadata = read_texts(path)
+        if (metadata.get("data_hash"), metadata.get("split_hash")) != (
+            split.dataset.data_hash,
+            split.split_hash,
+        ):
+            raise DataError(f"{path} was made from another split than {split.folder}; make it again")
+        if metadata.get("part") != part or "begin" not in table.columns:
+            raise DataError(
+                f"{path} is not what TUBC wrote for the part {part!r} (it says {metadata.get('part')!r}); "
+                "another part's summaries may tell what must not be known"
+            )
         summaries: dict[str, list[Summary]] = {}
-        for user, begin, end, text in table.select("user", "begin", "end", "text").iter_rows():
+        columns = table.select("user", "begin", "end", "text", "prompt_hash")
+        for user, begin, end, text, prompt_hash in columns.iter_rows():
             known = summaries.setdefault(user, [])
-            known.append(Summary(begin, end, text, known[-1].text if known else ""))
-        return cls(summaries)
+            known.append(Summary(begin, end, text, known[-1].text if known else "", prompt_hash))
+        return cls(summaries, metadata, sha256(path))
 
     def ends(self, user: str) -> list[int]:
         """Returns where the summaries of a user end, ascending."""
         return self._ends.get(user, [])
 
     def before(self, user: str, known: int) -> Summary | None:
-        """Returns the last summary that tells nothing beyond the first `known` interactions; None if there is
-        none."""
+        """Returns the last summary that tells nothing beyond the first `known` interactions, or None."""
         place = bisect_right(self.ends(user), known)
         return self._summaries[user][place - 1] if place else None
-
-
-def read_user_texts(path: Path, split: Split, part: str) -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Reads texts about users, and refuses those that may know too much for `part`.
-
-    Raises:
-        DataError: The file is of another split or part, or was made with a leak on purpose.
-    """
-    table, metadata = read_texts(path)
-    made_for = (metadata.get("split_hash"), metadata.get("part"))
-    if metadata.get("split_hash") != split.split_hash:
-        raise DataError(f"{path} was made from another split than {split.folder}; make it again")
-    if metadata.get("part") != part or metadata.get("leak"):
-        raise DataError(
-            f"{path} was made for the part {made_for[1]!r}, not for {part!r}; nothing may read it"
-        )
-    return table, metadata
-
-
-def read_item_texts(path: Path, dataset: Dataset) -> list[str]:
-    """Reads texts about items: one for each item code, empty where the file has none.
-
-    Raises:
-        DataError: The file is missing, or was made from another state of the dataset.
-    """
-    table, metadata = read_texts(path)
-    if metadata.get("data_hash") != dataset.data_hash:
-        raise DataError(f"{path} was made from another state of {dataset.folder}; make it again")
-    texts = dataset.items.select("item").join(
-        table.select(item="id", text="text"), on="item", how="left", maintain_order="left"
-    )
-    return texts["text"].fill_null("").to_list()

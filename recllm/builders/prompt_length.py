@@ -33,6 +33,11 @@ class PromptLength:
         self._folder = folder
         self._size = lru_cache(maxsize=65_536)(lambda image: image_size(folder / image))
 
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The special tokens of the model."""
+        return self._loaded.special_tokens
+
     def of(self, identifier: str, chat: Chat) -> int:
         """Returns the length of a chat in tokens, the opening of the answer included.
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
 import time
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from recllm.builders.catalog import Catalog
-from recllm.builders.options import ModelOptions
+from recllm.builders.options import ModelOptions, check_least, check_plain
+from recllm.builders.texts import check_free, describe_template, text_path
 from recllm.data.dataset import Dataset
-from recllm.errors import DataError
 from recllm.mllm.chat import Backend, Decoding, Request, Result
 from recllm.mllm.generation.run import Generated, generate
 from recllm.mllm.ranks import rank
@@ -23,37 +24,54 @@ from recllm.prompts.templates import Template, load_templates
 
 _SHOWN = 2  # prompts that a dry run prints
 _ERRORS_SHOWN = 5
+_LOOKED_AT = 5_000  # requests that an estimate looks up
 
 
 class Session:
     """One run of a builder.
 
+    The model is loaded, and the store opened, when they are first asked for: what can be refused without them
+    is refused before.
+
     Attributes:
+        options: What was asked for.
         dataset: The dataset.
         templates: The prompt templates by name, the user's in place of the defaults.
-        backend: What answers requests.
-        catalog: The items as prompts show them.
-        store: Where answers are kept.
     """
 
-    def __init__(self, options: ModelOptions, backend: Backend | None = None) -> None:
-        if options.tag and Path(options.tag).name != options.tag:
-            raise DataError(f"--tag {options.tag!r}: expected a plain word, which becomes part of file names")
-        if options.limit is not None and options.limit < 1:
-            raise DataError(f"--limit {options.limit}: expected 1 or more")
+    def __init__(self, options: ModelOptions) -> None:
+        check_plain("--tag", options.tag)
+        check_least(1, limit=options.limit, max_new_tokens=options.max_new_tokens)
+        check_least(1, batch_size=options.batch_size, batch_tokens=options.batch_tokens)
         self.options = options
         self.dataset = Dataset.open(options.dataset)
         self.templates = load_templates(TEMPLATES, options.templates)
-        self.backend = backend or make_backend(options)
-        self.catalog = Catalog(self.dataset, self.backend.special_tokens)
-        self.store = GenerationStore.open(options.store or self.dataset.folder / "generations")
+
+    @cached_property
+    def backend(self) -> Backend:
+        """What answers requests."""
+        return make_backend(self.options)
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The items as prompts show them to this model."""
+        return Catalog(self.dataset, self.backend.special_tokens)
+
+    @property
+    def store_folder(self) -> Path:
+        """Where answers are kept."""
+        return self.options.store or self.dataset.folder / "generations"
+
+    @cached_property
+    def store(self) -> GenerationStore:
+        """The answers that there are."""
+        return GenerationStore.open(self.store_folder)
 
     def decoding(self, max_new_tokens: int) -> Decoding:
         """Returns the decoding settings of a step whose answers are usually at most so many tokens long."""
         options = self.options
-        return Decoding(
-            options.max_new_tokens or max_new_tokens, options.temperature, options.top_p, options.seed
-        )
+        length = max_new_tokens if options.max_new_tokens is None else options.max_new_tokens
+        return Decoding(length, options.temperature, options.top_p, options.seed)
 
     def text_path(self, name: str) -> Path:
         """Returns where the texts of a step go: DATASET/texts/<name>[-<tag>].parquet."""
@@ -62,9 +80,7 @@ class Session:
     def check_free(self, *names: str) -> None:
         """Raises a `DataError` where texts of these names exist and may not be replaced."""
         for name in names:
-            path = self.text_path(name)
-            if path.exists() and not (self.options.overwrite or self.options.dry_run):
-                raise DataError(f"{path} exists already; --overwrite replaces it, --tag writes beside it")
+            check_free(self.text_path(name), overwrite=self.options.overwrite or self.options.dry_run)
 
     def answer(self, name: str, requests: Iterable[Request], decoding: Decoding) -> Generated:
         """Answers requests through the store; see `recllm.mllm.generation.run.generate`."""
@@ -78,6 +94,7 @@ class Session:
         templates: Iterable[Template],
         facts: dict[str, Any],
         extra: dict[str, list[Any]] | None = None,
+        path: Path | None = None,
     ) -> Path:
         """Writes texts/<name>.parquet on rank 0 and prints what came of it.
 
@@ -88,8 +105,9 @@ class Session:
             templates: The templates of the prompts.
             facts: Further facts for the file's metadata, such as the split that was read.
             extra: Further columns, a value for each answer.
+            path: Where to, instead.
         """
-        path = self.text_path(name)
+        path = path or self.text_path(name)
         if rank() != 0:
             return path
         metadata = {
@@ -97,7 +115,8 @@ class Session:
             "data_hash": self.dataset.data_hash,
             "model": self.backend.identity,
             "decoding": decoding.as_dict(),
-            "templates": {template.name: _describe(template) for template in templates},
+            "special_tokens": list(self.backend.special_tokens),
+            "templates": {template.name: describe_template(template) for template in templates},
             **facts,
         }
         write_texts(path, generated, metadata=metadata, extra=extra)
@@ -115,12 +134,18 @@ class Session:
         return path
 
     def preview(
-        self, name: str, requests: Iterator[Request], decoding: Decoding
+        self, name: str, requests: Iterator[Request], decoding: Decoding, total: int | None = None
     ) -> list[tuple[Request, Result]]:
         """The dry run of one step: prints the first prompts exactly, what the model answers, and an estimate.
 
+        Args:
+            name: The step.
+            requests: Its requests, or the first of them.
+            decoding: How answers are decoded.
+            total: How many requests there are, where `requests` are only the first ones.
+
         Returns:
-            The requests that were tried, with their answers; nothing is stored.
+            The requests that were tried, with their answers; nothing is kept on disk.
         """
         tried = list(itertools.islice(requests, self.options.batch_size))
         if not tried:
@@ -136,36 +161,40 @@ class Session:
             print(self.backend.show(request))
             print(f"--- answer ({result.completion_tokens:,} tokens, {result.finish})")
             print(result.error or result.text)
-        self._estimate(name, tried, results, itertools.chain(tried, requests), decoding, seconds)
+        self._estimate(name, results, itertools.chain(tried, requests), decoding, seconds, total)
         return list(zip(tried, results, strict=True))
 
     def _estimate(
         self,
         name: str,
-        tried: list[Request],
         results: list[Result],
         requests: Iterable[Request],
         decoding: Decoding,
         seconds: float,
+        total: int | None,
     ) -> None:
-        keys: set[bytes] = set()
-        total = done = 0
-        hashes = ImageHashes()
-        for request in requests:
-            total += 1
-            key = request_key(self.backend.identity, decoding, request, hashes)
-            if key not in keys:
-                keys.add(key)
-                done += self.store.get(key) is not None
-        waiting = len(keys) - done
-        prompt = sum(result.prompt_tokens for result in results) / len(tried)
-        answer = sum(result.completion_tokens for result in results) / len(tried)
-        print(
-            f"{name}: {total:,} requests, {len(keys):,} different, {done:,} in the store, {waiting:,} to do; "
-            f"{prompt:,.0f} prompt and {answer:,.0f} answer tokens each (mean of {len(tried)})"
+        """Prints what is to do, from the first requests: how many differ, how many are answered already."""
+        looked_at, count = list(itertools.islice(requests, _LOOKED_AT)), 0
+        keys, hashes = set(), ImageHashes()
+        for request in looked_at:
+            with contextlib.suppress(OSError):  # an unreadable image: the run names it
+                keys.add(request_key(self.backend.identity, decoding, request, hashes))
+        done = 0
+        if (self.store_folder / "manifest.json").exists():
+            done = sum(self.store.get(key) is not None for key in keys)
+        count = total or len(looked_at) + sum(1 for _ in requests)
+        waiting = count * (len(keys) - done) / len(looked_at)
+        prompt, answer = (
+            sum(getattr(result, field) for result in results) / len(results)
+            for field in ("prompt_tokens", "completion_tokens")
         )
-        span = _span(waiting * seconds / len(tried))
-        print(f"{name}: about {span} at the rate of these {len(tried)} requests")
+        share = "" if count == len(looked_at) else f" (judged by the first {len(looked_at):,})"
+        print(
+            f"{name}: {count:,} requests, about {waiting:,.0f} to do after repetitions and the store{share}; "
+            f"{prompt:,.0f} prompt and {answer:,.0f} answer tokens each (mean of {len(results)})"
+        )
+        span = _span(waiting * seconds / len(results))
+        print(f"{name}: about {span} at the rate of these {len(results)} requests")
         if self.options.price_in is not None and self.options.price_out is not None:
             cost = waiting * (prompt * self.options.price_in + answer * self.options.price_out) / 1e6
             print(f"{name}: about {cost:,.2f} at the given prices")
@@ -214,16 +243,6 @@ def make_backend(options: ModelOptions) -> Backend:
         **shared,
     )
     return InProcessBackend(loaded, batch_tokens=options.batch_tokens, batch_size=options.batch_size)
-
-
-def text_path(folder: Path, name: str, tag: str = "") -> Path:
-    """Returns where texts of a name lie in a dataset folder."""
-    return folder / "texts" / f"{name}{'-' if tag else ''}{tag}.parquet"
-
-
-def _describe(template: Template) -> dict[str, str]:
-    digest = hashlib.sha256(template.text.encode()).hexdigest()[:16]
-    return {"sha256": digest, "source": template.source}
 
 
 def _span(seconds: float) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
-from recllm.builders.catalog import SUMMARY_LIMIT
-from recllm.builders.drift import follow_drift
+from recllm.builders.drift import drift_path, follow_drift
 from recllm.builders.histories import Histories, windows
-from recllm.builders.options import UserOptions
-from recllm.builders.preferences import read_item_texts
-from recllm.builders.session import Session, text_path
+from recllm.builders.options import UserOptions, check_least, check_parts, check_plain
+from recllm.builders.preferences import ItemTexts
+from recllm.builders.session import Session
+from recllm.builders.texts import check_free
 from recllm.data.splits import Split
 from recllm.errors import DataError
 from recllm.mllm.chat import Request, message
-from recllm.prompts.safe_text import safe_text
 from recllm.prompts.templates import Template
 
 PREFERENCE_TOKENS = 160
@@ -22,16 +22,22 @@ PREFERENCE_TOKENS = 160
 
 def summarize_users(options: UserOptions) -> None:
     """Writes the texts of one system about the users of a split; see `UserOptions`."""
-    windows(1, options.window, options.step)  # refuses impossible ones before a model is loaded
+    windows(1, options.window, options.step)
+    check_parts(options.parts)
+    check_least(0, max_history=options.max_history)
+    check_least(1, max_prompt_tokens=options.max_prompt_tokens)
+    check_plain("--split", options.split)
+    check_plain("--item-texts", options.item_texts)
     session = Session(options)
     split = Split.open(session.dataset.folder / "splits" / options.split, dataset=session.dataset)
     if options.system == "mllmrec":
         _preferences(session, options, split)
         return
-    session.check_free(*(f"tubc-{part}" for part in options.parts))
-    summaries = _item_texts(session, options.item_texts or "imsg")
     for part in options.parts:
-        follow_drift(session, options, Histories(split, part), summaries)
+        check_free(drift_path(session, part), overwrite=options.overwrite or options.dry_run)
+    told = _item_texts(session, options.item_texts or "imsg", "mllm_srec")
+    for part in options.parts:
+        follow_drift(session, options, Histories(split, part), told)
 
 
 def _preferences(session: Session, options: UserOptions, split: Split) -> None:
@@ -40,10 +46,11 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
     leak = options.leak_all_interactions
     name = "preference-leaky" if leak else "preference"
     session.check_free(name)
+    descriptions = _item_texts(session, options.item_texts or "description", "mllmrec")
     catalog = session.catalog
-    descriptions = _item_texts(session, options.item_texts or "description")
     histories = Histories(split, "test" if leak else "train")
     users = [user for user in range(len(session.dataset.users)) if len(histories.history(user).items)]
+    users = users[: options.limit]
     left_out = 0
 
     def items_of(user: int) -> list[int]:
@@ -53,16 +60,18 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
 
     def requests() -> Iterator[Request]:
         nonlocal left_out
-        for user in users[: options.limit]:
+        for user in users:
             told = [
-                multimodal_description(catalog.described(code), descriptions[code]) for code in items_of(user)
+                multimodal_description(catalog.described(code), catalog.safe(descriptions.texts[code]))
+                for code in items_of(user)
             ]
             request, dropped = _within(session, user, template, told, options.max_prompt_tokens)
             left_out += dropped
             yield request
 
     if options.dry_run:
-        session.preview(name, requests(), decoding)
+        first = itertools.islice(requests(), options.batch_size)
+        session.preview(name, first, decoding, total=len(users))
         return
     answers = session.answer(name, requests(), decoding)
     facts = {
@@ -70,6 +79,8 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
         "split_hash": split.split_hash,
         "part": "train",
         "leak": leak,
+        "item_texts": descriptions.name,
+        "item_texts_sha256": descriptions.sha256,
         "users": len(answers),
         "items_left_out": left_out,
     }
@@ -78,7 +89,7 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
 
 def multimodal_description(text: str, description: str) -> str:
     """Returns an item's text followed by the description of its image (equation 2 of MLLMRec)."""
-    return " ".join(part for part in (text, safe_text(description, limit=SUMMARY_LIMIT)) if part)
+    return " ".join(part for part in (text, description) if part)
 
 
 def _within(
@@ -88,7 +99,8 @@ def _within(
     name = session.dataset.users["user"][user]
 
     def request(first: int) -> Request:
-        return Request(name, (message("user", template.fill({"items": "; ".join(told[first:])})),))
+        values = {"items": "; ".join(told[first:])}
+        return Request(name, (message("user", template.fill(values, session.catalog.special_tokens)),))
 
     def fits(first: int) -> bool:
         tokens = session.backend.count_tokens(request(first))
@@ -107,9 +119,7 @@ def _within(
     return request(enough), enough
 
 
-def _item_texts(session: Session, name: str) -> list[str]:
-    path = text_path(session.dataset.folder, name, session.options.tag)
-    if not path.exists():
-        system = "mllm_srec" if name == "imsg" else "mllmrec"
-        raise DataError(f"{path} does not exist; write it first: recllm build items ... --system {system}")
-    return read_item_texts(path, session.dataset)
+def _item_texts(session: Session, name: str, system: str) -> ItemTexts:
+    folder = session.dataset.folder
+    command = f"recllm build items {folder} --system {system} --model {session.options.model}"
+    return ItemTexts.open(folder, name, session.dataset, command)

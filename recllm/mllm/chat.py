@@ -45,6 +45,11 @@ def message(role: str, text: str) -> Message:
     return {"role": role, "content": parts}
 
 
+def hash_of_messages(messages: Sequence[Message]) -> str:
+    """Returns a hash of messages without their images: 16 hex digits."""
+    return hashlib.sha256(orjson.dumps(messages)).hexdigest()[:16]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One chat that a model is to continue.
@@ -69,7 +74,7 @@ class Request:
     @property
     def prompt_hash(self) -> str:
         """A hash of the messages alone, without the images: 16 hex digits."""
-        return hashlib.sha256(orjson.dumps(self.messages)).hexdigest()[:16]
+        return hash_of_messages(self.messages)
 
 
 @dataclass(frozen=True)

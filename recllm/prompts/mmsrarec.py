@@ -32,10 +32,8 @@ TEXT_KEYWORDS = Template(
 TEMPLATES = (IMAGE_KEYWORDS, TEXT_KEYWORDS)
 
 _SEPARATORS = re.compile(r"[,;\n、，；•|]|\s/\s|\s-\s")
-_LIST_MARK = re.compile(r"^\s*(?:[-*•–]|\(?\d{1,2}[.)])\s*")
-_LABEL = re.compile(
-    r"^\s*(?:here are[^:]*|the keywords[^:]*|keywords?|tags?|image|text)\s*:\s*", re.IGNORECASE
-)
+_LIST_MARK = re.compile(r"^\s*(?:[-*•–]\s*|\(?\d{1,2}[.)](?:\s+|$))")
+_LABEL = re.compile(r"^[^,;:\n]{0,60}?\b(?:keywords?|tags?|image|text)\s*:\s*", re.IGNORECASE)
 _EDGES = " \t\"'`*_.[](){}<>“”‘’«»:"
 
 

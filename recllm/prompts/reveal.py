@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable
+
+import regex
 
 from recllm.prompts.templates import Template
 
@@ -40,7 +42,11 @@ STOP_WORDS = frozenset(
     wouldn't yet you you'd you'll you're you've your yours yourself yourselves
     """.split()  # noqa: SIM905
 )
-_WORD = re.compile(r"[^\W\d_](?:[^\W_]|['’](?=[^\W_]))*")
+_WORD = regex.compile(r"\p{L}(?:[\p{L}\p{M}\p{N}]|['’](?=\p{L}))*")
+
+
+def _plain(review: str) -> str:
+    return unicodedata.normalize("NFC", review).lower()
 
 
 def review_keywords(reviews: Iterable[str], count: int = 5) -> list[str]:
@@ -55,7 +61,7 @@ def review_keywords(reviews: Iterable[str], count: int = 5) -> list[str]:
     words = Counter(
         word
         for review in reviews
-        for word in (found[0].lower().replace("’", "'") for found in _WORD.finditer(review))
+        for word in (found[0].replace("’", "'") for found in _WORD.finditer(_plain(review)))
         if len(word) > 1 and word not in STOP_WORDS
     )
     return [word for word, _ in sorted(words.items(), key=lambda pair: (-pair[1], pair[0]))[:count]]

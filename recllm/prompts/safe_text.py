@@ -17,8 +17,8 @@ removes it, so that no text from data can add an image."""
 _LIKE_SPECIAL = re.compile(
     r"<[|｜][^<>]{0,64}[|｜]>"  # <|im_end|>, <|image_pad|>, <|begin_of_text|>
     r"|</?[A-Za-z][A-Za-z0-9_\-]{0,31}>"  # <s>, </s>, <image>, <start_of_turn>, <IMG_CONTEXT>, HTML tags too
-    r"|<<\s*/?\s*SYS\s*>>|\[/?(?:INST|IMG|IMG_END|PAD|CLS|SEP|MASK|UNK|BOS|EOS)\]",
-    re.IGNORECASE,
+    r"|<<\s*/?\s*SYS\s*>>"
+    r"|\[/?[a-z]?[A-Z][A-Z0-9_]{1,31}\]"  # [INST], [PAD], [gMASK], [TOOL_CALLS], [UNUSED_TOKEN_141]
 )
 _SPACE = re.compile(r"\s+")
 _KEPT_FORMAT = "\u200c\u200d"  # joiners: Persian, Indic scripts and emoji are misspelled without them
@@ -43,9 +43,9 @@ def safe_text(text: str | None, *, special_tokens: Iterable[str] = (), limit: in
     if not text:
         return ""
     text = unicodedata.normalize("NFC", text[: 4 * limit + 64])
-    kept = (" " if _is_dropped(character) else character for character in text)
-    text = _SPACE.sub(" ", "".join(kept)).strip()
-    text = unicodedata.normalize("NFC", text)
+    if not text.isprintable() or IMAGE_MARK in text:  # what is printable is kept, but for the mark
+        text = "".join(" " if _is_dropped(character) else character for character in text)
+    text = unicodedata.normalize("NFC", _SPACE.sub(" ", text).strip())
     text = neutralize(text, special_tokens)
     if len(text) > limit:
         text = neutralize(text[: max(limit - 1, 0)].rstrip() + ELLIPSIS, special_tokens)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from recllm.errors import DataError
-from recllm.prompts.safe_text import neutralize
+from recllm.prompts.safe_text import IMAGE_MARK, neutralize
 
 _FIELD = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+_LABELED = re.compile(r"[^{}]*:(?:\s*\{[^{}]+\})+\s*")
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,32 @@ class Template:
     def __post_init__(self) -> None:
         self._check(self.text, f"template {self.name}")
 
-    def fill(self, values: Mapping[str, str]) -> str:
+    def fill(self, values: Mapping[str, str], special_tokens: Iterable[str] = ()) -> str:
         """Returns the prompt. Values are inserted as they are, so those from data must have gone through
         `safe_text`; what data and template form together at their seams is made harmless here.
 
         Args:
-            values: A value for each placeholder; a line whose placeholders are all empty is left out.
+            values: A value for each placeholder. A line that is a label with empty values (`Text: {text}`) is
+                left out.
+            special_tokens: As for `safe_text`.
+
+        Raises:
+            DataError: Nothing is left of the prompt.
         """
         lines = []
         for line in self.text.split("\n"):
-            used = [name for name in _fields_of(line)]
-            if used and not any(values[name] for name in used):
+            if _LABELED.fullmatch(line) and not any(values[name] for name in _fields_of(line)):
                 continue
             lines.append(_FIELD.sub(lambda found: _replacement(found, values), line))
-        return neutralize("\n".join(lines))
+        filled = neutralize("\n".join(lines), special_tokens)
+        if not filled.strip():
+            raise DataError(f"template {self.name}: nothing is left of it where all its values are empty")
+        return filled
+
+    @property
+    def sha256(self) -> str:
+        """A hash of the text: 16 hex digits."""
+        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
 
     def replaced_by(self, text: str, where: str) -> Template:
         """Returns this template with another text.
@@ -64,6 +79,9 @@ class Template:
             raise DataError(f"{where}: the template is empty")
         if neutralize(text) != text:
             raise DataError(f"{where}: a special token or a tag stands in the template; write plain text")
+        for character in text:
+            if character != "\n" and (character == IMAGE_MARK or unicodedata.category(character)[0] == "C"):
+                raise DataError(f"{where}: the character {character!a} may not stand in a template")
         for found in _FIELD.finditer(text):
             if found[0] in "{}":
                 raise DataError(f"{where}: a single {found[0]!r}; write {{{{ or }}}} for a brace")
@@ -103,7 +121,7 @@ def load_templates(defaults: Mapping[str, Template], folder: Path | None) -> dic
             near = difflib.get_close_matches(path.name, [f"{name}.txt" for name in defaults], n=1, cutoff=0)
             raise DataError(f"{path}: replaces no template; the nearest name is {near[0]}")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}: not UTF-8 ({error})") from None
         templates[path.stem] = defaults[path.stem].replaced_by(text.rstrip("\n"), str(path))

@@ -11,7 +11,7 @@ import pytest
 from recllm.builders.histories import Histories
 from recllm.builders.instructions import build_instructions
 from recllm.builders.items import summarize_items
-from recllm.builders.negatives import NegativeSampler
+from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions, ItemOptions, UserOptions
 from recllm.builders.users import summarize_users
 from recllm.cli import main
@@ -53,7 +53,7 @@ def test_plain_rows(world):
         answer = "Yes." if row["label"] else "No."
         assert row["completion"] == [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         assert (row["item"] == row["target"]) == (row["label"] == 1)
-        assert row["id"] == f"{row['user']}/{row['target_row']}/{row['item']}"
+        assert row["id"] == f"{row['target_row']}/{row['user']}/{row['item']}"
         assert world.interactions["item"][row["target_row"]] == row["target"]
         assert row["target_row"] not in row["shown"] and len(row["shown"]) == 6
 
@@ -196,11 +196,11 @@ def test_negatives_depend_on_the_seed_and_the_user_alone(world, tmp_path):
 def test_when_few_items_are_left_all_of_them_are_drawn(tmp_path):
     world = write_world(tmp_path / "world", users=3, length=5)
     split = split_of(world)
-    sampler = NegativeSampler(split, "uniform", 0)
+    sampler = TrainingNegatives(split, "uniform", 0)
     histories = Histories(split, "train")
     pool = {int(code) for user in range(3) for code in histories.history(user).items}
     touched = np.unique(histories.history(0).items)
-    drawn = sampler.draw(sampler.rng(0), histories.targets(0)[-1], touched, 1000)
+    drawn = sampler.draw(0, histories.targets(0)[-1], touched, 1000)
     assert sorted(drawn) == sorted(pool - set(touched.tolist()))
 
 
@@ -212,22 +212,30 @@ def test_candidates_of_a_file_become_rows(world):
     expected = pl.read_parquet(split.folder / "candidates/1+4-uniform-seed42/valid.parquet")
     key = ["user", "target", "item", "label"]
     assert sorted(tuple(row[k] for k in key) for row in rows) == sorted(expected.select(key).rows())
+    manifest = json.loads((world.folder / "instructions/loo-plain-valid/manifest.json").read_text())
+    assert manifest["protocols"] == {"valid": "loo/1+4-uniform-seed42"}
     with pytest.raises(DataError, match="does not exist"):
         build_instructions(InstructionOptions(world.folder, parts=("valid",), candidates="1+9", name="x"))
+    path = split.folder / "candidates/1+4-uniform-seed42/valid.parquet"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="not the file that manifest"):
+        build_instructions(
+            InstructionOptions(world.folder, parts=("valid",), candidates="1+4-uniform-seed42", name="y")
+        )
 
 
 def test_summaries_of_another_part_or_split_are_refused(world):
     texts = world.folder / "texts"
     kept = (texts / "tubc-train.parquet").read_bytes()
     (texts / "tubc-train.parquet").write_bytes((texts / "tubc-test.parquet").read_bytes())
-    with pytest.raises(DataError, match="made for the part 'test'"):
+    with pytest.raises(DataError, match="another part's summaries"):
         build_instructions(InstructionOptions(world.folder))
     (texts / "tubc-train.parquet").write_bytes(kept)
     split_of(world, "users")
     with pytest.raises(DataError, match="another split"):
         build_instructions(InstructionOptions(world.folder, split="users"))
     (texts / "tubc-train.parquet").unlink()
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match="--parts train"):
         build_instructions(InstructionOptions(world.folder))
 
 
@@ -247,13 +255,12 @@ def test_manifest_and_report_of_the_command(world, capsys):
     out = capsys.readouterr().out
     assert "36 rows of 12 users, 12 yes and 24 no" in out
     manifest = json.loads((world.folder / "instructions/loo-cot/manifest.json").read_text())
-    assert manifest["counts"]["train"]["rows"] == 36 and manifest["protocol"] == "loo"
-    assert set(manifest["texts"]) == {
-        "viu.parquet",
-        "imsg.parquet",
-        "tubc-train.parquet",
-        "tubc-valid.parquet",
+    assert manifest["counts"]["train"]["rows"] == 36 and manifest["protocols"] == {
+        "train": "loo",
+        "valid": "loo",
     }
+    assert set(manifest["texts"]) == {"viu", "imsg", "tubc-train", "tubc-valid"}
+    assert all(len(each["sha256"]) == 16 for each in manifest["templates"].values())
     with pytest.raises(SystemExit):
         main(["build", "instructions", str(world.folder), "--form", "cot"])
     main(["build", "instructions", str(world.folder), "--dry-run"])
@@ -267,3 +274,97 @@ def test_the_same_command_writes_the_same_bytes(world):
     for part in ("train", "valid"):
         one, two = (world.folder / "instructions" / name / f"{part}.parquet" for name in ("one", "two"))
         assert one.read_bytes() == two.read_bytes()
+
+
+class LongWords:
+    """Counts words in place of tokens; what the processor of a model does in `test_chain`."""
+
+    special_tokens = ()
+
+    def of(self, identifier, chat):
+        return len(words_of(chat.messages).split())
+
+
+@pytest.mark.parametrize("budget", [70, 90, 10_000])
+def test_all_candidates_of_a_target_list_the_same_history(world, monkeypatch, budget):
+    from recllm.builders import instructions
+
+    monkeypatch.setattr(instructions, "PromptLength", lambda *arguments: LongWords())
+    options = InstructionOptions(
+        world.folder, history=6, negatives=3, preference="none", processor="x", max_prompt_tokens=budget,
+        name=str(budget), parts=("train",),
+    )  # fmt: skip
+    build_instructions(options)
+    rows = rows_of(world, name=str(budget))
+    for start in range(0, len(rows), 4):
+        group = rows[start : start + 4]
+        assert len({tuple(row["shown"]) for row in group}) == 1
+        assert max(len(words_of(row["prompt"]).split()) for row in group) <= budget
+        shown = group[0]["shown"]
+        assert shown == list(range(group[0]["target_row"] - len(shown), group[0]["target_row"]))
+        if len(shown) < 6:  # one more would have been too long for one of them
+            line = 12  # words of a summary line: its number and the stand-in's answer
+            assert max(len(words_of(row["prompt"]).split()) for row in group) + line > budget
+    counts = json.loads((world.folder / f"instructions/{budget}/manifest.json").read_text())["counts"]
+    assert (counts["train"].get("history_items_left_out", 0) > 0) == (budget < 10_000)
+
+
+def test_steps_that_no_longer_match_their_prompts_are_refused(world, tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("tubc", "imsg", "viu"):
+        text = {"tubc": "Sum up.{previous}{items}", "imsg": "Join {visual_summary}.", "viu": "What?"}[name]
+        (tmp_path / "mine" / f"mllm_srec.{name}.txt").write_text(text)
+        with pytest.raises(DataError, match="answers another prompt"):
+            build_instructions(
+                InstructionOptions(world.folder, form="cot", templates=tmp_path / "mine", name=name)
+            )
+        (tmp_path / "mine" / f"mllm_srec.{name}.txt").unlink()
+
+
+def test_what_is_missing_is_counted(world, capsys):
+    summarize_users(UserOptions(world.folder, "rule", parts=("train", "valid"), limit=4, overwrite=True))
+    build_instructions(InstructionOptions(world.folder))
+    counts = json.loads((world.folder / "instructions/loo-plain/manifest.json").read_text())["counts"]
+    assert counts["train"]["users_without_summary"] == 8 and counts["train"]["rows"] == 8
+    assert counts["valid"]["rows_without_summary"] == 16 and counts["valid"]["rows"] == 24
+    assert "rows without summary: 16" in capsys.readouterr().out
+
+
+def test_an_empty_answer_makes_no_turn(world, backend, monkeypatch):
+    from recllm.mllm.chat import Result
+
+    def nothing(requests, decoding):
+        yield [Result(key, "", 1, 1, "stop") for key, _ in requests]
+
+    monkeypatch.setattr(backend, "generate", nothing)
+    backend.identity["model"] = "mute"
+    summarize_users(UserOptions(world.folder, "mute", parts=("train", "valid"), overwrite=True))
+    build_instructions(InstructionOptions(world.folder, form="cot"))
+    for row in rows_of(world, name="loo-cot"):
+        assert all(turn["content"] for turn in row["prompt"])
+        assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_parts_are_not_deleted_by_writing_others(world):
+    build_instructions(InstructionOptions(world.folder))
+    with pytest.raises(DataError, match="also has valid"):
+        build_instructions(InstructionOptions(world.folder, parts=("train",), overwrite=True))
+    assert len(rows_of(world, "valid")) == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"parts": ()}, "--parts"),
+        ({"parts": ("train", "train")}, "--parts"),
+        ({"limit": 0}, "--limit 0"),
+        ({"negatives": -1}, "--negatives -1"),
+        ({"preference": "../x"}, "plain word"),
+        ({"name": "a/b"}, "plain word"),
+        ({"max_prompt_tokens": 5}, "--processor"),
+        ({"candidates": "1+4", "parts": ("train",)}, "valid and test"),
+    ],
+)
+def test_wrong_options_are_named(world, change, words):
+    with pytest.raises(DataError, match=words):
+        build_instructions(InstructionOptions(world.folder, **change))

@@ -9,15 +9,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from recllm.builders.catalog import Catalog
-from recllm.builders.chats import Composer
+from recllm.builders.chats import Composer, window_prompt
 from recllm.builders.histories import Histories, History
 from recllm.builders.image_prompts import write_initial_prompts
 from recllm.builders.instructions import build_instructions
 from recllm.builders.items import summarize_items
 from recllm.builders.options import ImagePromptOptions, InstructionOptions, ItemOptions, UserOptions
-from recllm.builders.preferences import Summary
+from recllm.builders.preferences import ItemTexts, Summary
 from recllm.builders.users import summarize_users
+from recllm.mllm.chat import hash_of_messages, message
 from recllm.prompts import TEMPLATES
+from recllm.prompts.safe_text import safe_text
 from tests.builders.worlds import split_of, words_of, write_world
 
 VALID, TEST = "zqvalidmark", "zqtestmark"
@@ -117,26 +119,38 @@ HOSTILE = st.one_of(
 )
 
 
+def hash_of_recall(composer, history, summary) -> str:
+    lines = [composer.told(item) for item in history.items[summary.begin : summary.end].tolist()]
+    prompt = window_prompt(composer.catalog, composer.tubc, lines, summary.previous)
+    return hash_of_messages((message("user", prompt),))
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(title=HOSTILE, text=HOSTILE, profile=HOSTILE, summary=HOSTILE)
 def test_hostile_text_changes_neither_turns_nor_image_slots(tmp_path_factory, title, text, profile, summary):
     class Items(Catalog):
         def __init__(self):
-            self.ids, self._special_tokens = ["a", "b"], ()
+            self.ids, self.special_tokens = ["a", "b"], ()
             self._titles, self._texts = pl.Series([title, "B"]), pl.Series([text, ""])
             self._categories, self._images = pl.Series([[title], ["c"]]), pl.Series([["a.png"], ["b.png"]])
+            self.described = self._described
 
     history = History(0, np.array([4, 5]), np.array([1, 0]))
     for form in ("plain", "cot"):
         options = InstructionOptions(None, form=form, user_id=True, history=2, history_as="image+title")
-        composer = Composer(Items(), TEMPLATES, options, [summary, "x"], [summary, "x"], lambda code: True)
-        chat = composer.compose(title, profile, history, Summary(0, 2, summary, text), 0, 2)
-        tame = Composer(Items(), TEMPLATES, options, ["x", "x"], ["x", "x"], lambda code: True).compose(
-            "user", "profile", history, Summary(0, 2, "x", ""), 0, 2
-        )
+
+        def turns(words, user, about, options=options):
+            texts = ItemTexts("t", "", [words, "x"], ["any", "any"], ())
+            composer = Composer(Items(), TEMPLATES, options, texts, texts, texts, lambda code: True)
+            composer._answered = lambda asked, answer, *_: [asked, message("assistant", answer)]
+            summary = Summary(0, 2, words, about, "")
+            summary = Summary(0, 2, words, about, hash_of_recall(composer, history, summary))
+            return composer.about(user, about, history, summary).chat(0, 2)
+
+        chat, tame = turns(summary, title, profile), turns("x", "user", "profile")
         slots = [p for turn in chat.messages for p in turn["content"] if p["type"] == "image"]
         assert len(slots) == len(chat.images)
-        if summary.strip() and any(c.isprintable() and not c.isspace() and c != "\ufffc" for c in summary):
+        if safe_text(summary):
             assert [turn["role"] for turn in chat.messages] == [turn["role"] for turn in tame.messages]
         words = words_of(chat.messages)
         assert "<|" not in words.replace("< |", "") or "|>" not in words.split("<|", 1)[1][:66]

@@ -7,12 +7,14 @@ import shutil
 import polars as pl
 import pytest
 
-from recllm.builders.items import summarize_items
+from recllm.builders.catalog import profiles_of
+from recllm.builders.items import keyword_table, summarize_items
 from recllm.builders.options import ItemOptions, UserOptions
 from recllm.builders.users import summarize_users
 from recllm.cli import main
 from recllm.data.dataset import write_dataset
 from recllm.errors import DataError
+from recllm.mllm.chat import Result
 from recllm.mllm.texts import read_texts
 from recllm.prompts.mllm_srec import TUBC
 from tests.builders.worlds import split_of, words_of, write_world
@@ -137,6 +139,9 @@ def test_only_the_latest_windows_where_histories_are_bounded(world, backend):
     summarize_users(UserOptions(world.folder, "rule", parts=("valid",), window=2, step=2, max_history=4))
     valid, _ = read_texts(world.folder / "texts" / "tubc-valid.parquet")
     assert set(valid.select("begin", "end").rows()) == {(4, 6), (6, 7)}
+    summarize_users(UserOptions(world.folder, "rule", parts=("valid",), max_history=1, overwrite=True))
+    valid, _ = read_texts(world.folder / "texts" / "tubc-valid.parquet")
+    assert set(valid.select("begin", "end").rows()) == {(6, 7)}
 
 
 def test_preference_reads_training_items_only_unless_told_to_leak(world, backend):
@@ -184,12 +189,18 @@ def test_a_preference_prompt_over_budget_loses_its_oldest_items_whole(world, bac
         ({"split": "nothing"}, "nothing"),
         ({"tag": "a/b"}, "plain word"),
         ({"limit": 0}, "--limit 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens 0"),
+        ({"max_history": -1}, "--max-history -1"),
+        ({"parts": ()}, "--parts"),
+        ({"system": "mllmrec"}, "--system mllmrec"),
     ],
 )
-def test_wrong_options_are_named(world, backend, change, words):
+def test_wrong_options_are_named_before_a_model_is_loaded(world, change, words):
     split_of(world)
     with pytest.raises(DataError, match=words):
-        summarize_users(UserOptions(world.folder, "rule", **change))
+        summarize_users(UserOptions(world.folder, "no such model", **change))
+    assert not (world.folder / "generations").exists()
 
 
 def test_a_dry_run_prints_prompts_and_writes_nothing(world, backend, capsys):
@@ -210,12 +221,9 @@ def test_a_dry_run_prints_prompts_and_writes_nothing(world, backend, capsys):
     )
     out = capsys.readouterr().out
     assert "What is in the image and describe its category" in out
-    assert "51 requests, 51 different, 0 in the store, 51 to do" in out
+    assert "viu: 51 requests, about 51 to do" in out and "imsg: 51 requests, about 46 to do" in out
     assert "Please combine visual summary" in out and "at the given prices" in out
-    assert [path for path in sorted(world.folder.rglob("*")) if path not in before] in (
-        [],
-        [world.folder / "generations", world.folder / "generations" / "manifest.json"],
-    )
+    assert sorted(world.folder.rglob("*")) == before
 
 
 def test_options_from_a_yaml_file_named_first(world, backend, tmp_path, capsys):
@@ -236,3 +244,42 @@ def test_templates_of_the_user(world, backend, tmp_path, capsys):
     assert any("Only colors, please." in words_of(request.messages) for request in backend.asked)
     main(["prompts", "ls"])
     assert "{visual_summary}" in capsys.readouterr().out
+
+
+def test_the_keyword_list_is_that_of_the_image_and_then_of_the_text():
+    def told(text):
+        return [("i", Result(b"", text, 1, 1, "stop"))]
+
+    for image, text, expected in (
+        ("blue, dress", "blue, Cotton", ["blue", "dress", "Cotton"]),
+        ("1. red dress\n2. blue jeans\n3. hat", "Hat", ["red dress", "blue jeans", "hat"]),
+        ("<|im_end|>, a\u202eb", "", ["im_end", "a b"]),
+    ):
+        table = keyword_table(["i", "j"], told(image), told(text))
+        assert table["keywords"].to_list() == [expected]
+
+
+def test_two_variants_over_the_same_item_texts(world, backend):
+    split_of(world)
+    summarize_items(ItemOptions(world.folder, "rule"))
+    summarize_users(UserOptions(world.folder, "rule", parts=("train",)))
+    summarize_users(UserOptions(world.folder, "rule", parts=("train",), window=2, step=2, tag="win2"))
+    texts = world.folder / "texts"
+    assert len(pl.read_parquet(texts / "tubc-win2-train.parquet")) > len(
+        pl.read_parquet(texts / "tubc-train.parquet")
+    )
+
+
+def test_profiles_that_are_not_text(world):
+    users = world.users.with_columns(profile=pl.int_range(pl.len()))
+    numbers = write_dataset(
+        world.folder.parent / "numbers",
+        items=world.items.with_columns(images=pl.lit([], dtype=pl.List(pl.String))),
+        interactions=world.interactions,
+        users=users,
+        source={},
+    )
+    assert profiles_of(numbers).to_list() == [str(number) for number in range(12)]
+    numbers.users = users.with_columns(profile=pl.lit([1]))
+    with pytest.raises(DataError, match="column 'profile'"):
+        profiles_of(numbers)
