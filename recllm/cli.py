@@ -82,6 +82,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
     ),
     "prompts ls": ("recllm.builders.commands", "ListOptions", "prompts_ls", "show the prompt templates"),
     "prompts cp": ("recllm.builders.commands", "CopyOptions", "prompts_cp", "write them as files to change"),
+    "model tiny": (
+        "recllm.mllm.model_commands",
+        "TinyOptions",
+        "tiny",
+        "train the embedded model now, and say where it is",
+    ),
     "store stats": (
         "recllm.mllm.store_commands",
         "StatsOptions",

@@ -27,6 +27,14 @@ def shared_data() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def tiny_path() -> Path:
+    """The folder of the embedded model; the first run trains it, which takes minutes."""
+    from recllm.mllm import tiny
+
+    return tiny.ensure()
+
+
 @pytest.fixture
 def small_dataset(tmp_path: Path) -> Dataset:
     """A seeded log of 60 users and 40 items with times (some equal), ratings and reviews."""

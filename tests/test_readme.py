@@ -15,6 +15,7 @@ import pytest
 
 from recllm.cli import COMMANDS, main
 from recllm.config import parse_config
+from recllm.data.dataset import Dataset
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -76,7 +77,7 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
         main(line.split())
     Path("ml5").symlink_to("shop")
     rng = np.random.default_rng(0)
-    own_system, library = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    own_system, _, library = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     Path("scores").mkdir()
     exec(own_system, {"my_model": lambda pairs: rng.random(len(pairs)), "pl": pl})
     exec(library, {"user_vectors": rng.random((60, 4)), "item_vectors": rng.random((100, 4))})
@@ -87,3 +88,12 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     main(["eval", "compare", "ranks/mine.parquet", "ranks/popularity.parquet"])
     told = capsys.readouterr().out
     assert "loo/1+20-uniform-seed42" in told and "loo/full/mask-seen" in told
+
+
+def test_the_notebook_in_the_readme_runs(tmp_path, capsys, tiny_path):
+    main(["data", "toyworld", "--users", "30", "--items", "60", str(tmp_path / "toys")])
+    (notebook,) = [
+        each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "InProcessBackend" in each
+    ]
+    exec(notebook, {"dataset": Dataset.open(tmp_path / "toys")})
+    assert "The image shows a" in capsys.readouterr().out

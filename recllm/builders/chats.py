@@ -28,11 +28,13 @@ class Chat:
         messages: The turns; the last is the question.
         images: Relative paths, one for each image part.
         shown: Row numbers of the interactions that the prompt may tell of, be it through a summary.
+        looked: Whether VIU or IMSG turns are among the messages.
     """
 
     messages: tuple[Message, ...]
     images: tuple[str, ...]
-    shown: tuple[int, ...]
+    shown: tuple[int, ...] = ()
+    looked: bool = False
 
 
 class Composer:
@@ -145,12 +147,14 @@ class UserChats:
             "profile": catalog.safe(profile, PROFILE_LIMIT) if options.profile else "",
             "preference": catalog.safe(summary.text) if summary else "",
         }
+        self._looked = False
         self._earlier: list[Message] = []
         self._images: list[str] = []
         self._shown: set[int] = set(history.rows[: summary.end].tolist()) if summary else set()
         if options.form == "cot":
             if options.cot_about == "history" and len(history.items):
                 self._earlier, self._images = composer.look(int(history.items[-1]))
+                self._looked = bool(self._earlier)
                 self._shown.add(int(history.rows[-1]))
             if summary is not None:
                 self._earlier += composer.recall(user, history, summary)
@@ -166,11 +170,12 @@ class UserChats:
             listed: How many of the latest interactions the question lists, at most `most_listed`.
         """
         composer = self._composer
-        earlier, images = list(self._earlier), list(self._images)
+        earlier, images, looked = list(self._earlier), list(self._images), self._looked
         if composer.options.form == "cot" and composer.options.cot_about == "target":
             turns, looked_at = composer.look(item)
             earlier += turns
             images += looked_at
+            looked = bool(turns)
         recent = self._recent[len(self._recent) - listed :]
         pictures = _Pictures()
         values = {
@@ -181,7 +186,8 @@ class UserChats:
         text, in_order = pictures.in_order(composer.question.fill(values, composer.catalog.special_tokens))
         rows = self._history.rows
         shown = self._shown | set(rows[len(rows) - listed :].tolist())
-        return Chat((*earlier, message("user", text)), (*images, *in_order), tuple(sorted(shown)))
+        messages = (*earlier, message("user", text))
+        return Chat(messages, (*images, *in_order), tuple(sorted(shown)), looked)
 
     def _line(self, item: int) -> tuple[str | None, str]:
         """A history item's image, if it is to be shown, and what is said of it."""

@@ -137,6 +137,8 @@ class InstructionBuilder:
             self.counts["positives" if item == target.item else "negatives"] += 1
             if self.options.target_image and self.composer.image(item) is None:
                 self.counts["rows_without_target_image"] += 1
+            if self.options.form == "cot" and not chat.looked:
+                self.counts["rows_without_viu_and_imsg"] += 1
             yield {
                 "id": f"{target.row}/{name}/{self._item_ids[item]}",
                 "user": name,

@@ -47,6 +47,7 @@ _TOLD = (
     "users_without_summary",
     "rows_without_summary",
     "rows_without_target_image",
+    "rows_without_viu_and_imsg",
     "negatives_missing",
     "history_items_left_out",
 )
@@ -191,7 +192,7 @@ def _told_to_tubc(preferences: dict[str, Preferences | None]) -> str:
 
 def _preview(builder: InstructionBuilder) -> None:
     rows = list(islice(builder.rows(), 200))
-    chats = [Chat(tuple(row["prompt"]), tuple(row["images"]), ()) for row in rows]
+    chats = [Chat(tuple(row["prompt"]), tuple(row["images"])) for row in rows]
     for row, chat in list(zip(rows, chats, strict=True))[:_SHOWN]:
         print(f"--- {builder.part}: {row['id']} (label {row['label']}, images {row['images']})")
         if builder.length is not None:
