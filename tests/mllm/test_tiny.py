@@ -22,6 +22,7 @@ from recllm.errors import DataError
 from recllm.mllm import tiny
 from recllm.mllm.chat import message
 from recllm.mllm.tiny.architecture import SHAPES, Shape, _config_of
+from recllm.mllm.tiny.cache import _without_prose
 from recllm.mllm.tiny.lessons import LOOKS, Lesson, Look, PictureBook, Teacher, tracked
 from recllm.mllm.tiny.tokenizer import SPECIAL_TOKENS, build_processor
 from recllm.mllm.tiny.training import Course, batches_of, train
@@ -207,7 +208,7 @@ def test_the_loss_is_on_what_the_assistant_says_and_nothing_else(processor: Any)
 
 
 def test_every_image_part_has_its_look_and_all_looks_are_drawn() -> None:
-    lessons = list(Teacher(np.random.default_rng(7)).lessons(600))
+    lessons = list(Teacher(np.random.default_rng(7)).lessons(2000))
     for lesson in lessons:
         parts = [part for turn in lesson.messages for part in turn["content"]]
         assert sum(part["type"] == "image" for part in parts) == len(lesson.looks)
@@ -259,6 +260,12 @@ def test_the_folder_name_follows_what_decides_the_weights(monkeypatch: pytest.Mo
     assert usual != tiny.fingerprint(0, SHAPES["tiny"], Course(steps=1))
     monkeypatch.setitem(TEMPLATES, "mllm_srec.viu", mllm_srec.VIU.replaced_by("What is it?", "here"))
     assert usual != tiny.fingerprint(0, SHAPES["tiny"], Course())
+
+
+def test_the_folder_name_follows_code_and_not_its_prose() -> None:
+    code = 'def f(x):\n    """Doubles."""\n    return 2 * x  # why\n'
+    assert _without_prose(code) == _without_prose("def f(x):\n    return (\n        2 * x\n    )\n")
+    assert _without_prose(code) != _without_prose(code.replace("2 * x", "3 * x"))
 
 
 def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -362,7 +369,7 @@ def test_random_weights_are_written_as_they_are_made(tmp_path: Path) -> None:
 
 def test_random_weights_have_the_asked_deviation_and_type() -> None:
     model, _ = tiny.random_model(SMALL, dtype=torch.bfloat16)
-    weight = model.get_input_embeddings().weight
+    weight = model.get_input_embeddings().weight.detach()
     assert weight.dtype == torch.bfloat16
     assert abs(float(weight.float().std()) - SMALL.deviation) < 0.05 * SMALL.deviation
     assert len(torch.unique(weight[:50].float(), dim=0)) == 50

@@ -183,10 +183,23 @@ def build_random(
     shape = _shape_of("tiny" if shape is None else shape)
     with staged_folder(Path(out), overwrite=overwrite) as folder:
         model, processor = random_model(shape, dtype=dtype, seed=seed)
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        save(model, processor, folder)
         write_json(folder / "manifest.json", {"kind": "random Qwen2-VL", "seed": seed, "dtype": str(dtype)})
     return Path(out)
+
+
+def save(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, folder: Path) -> None:
+    """Writes both with `save_pretrained`, without the progress bar that transformers shows for one file."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def fresh_model(shape: Shape, processor: Qwen2VLProcessor) -> Qwen2VLForConditionalGeneration:
