@@ -10,7 +10,7 @@ test: $(VENV)/.ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	@echo "== the embedded model (about 3 minutes on two cores, once; kept in the user's cache folder)"
 	@HF_HUB_OFFLINE=1 $(BIN)/recllm model tiny
-	@echo "== tests (about 4 minutes on two cores)"
+	@echo "== tests (about 2 minutes on two cores)"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.ready

@@ -33,7 +33,8 @@ def main() -> None:
 
 def with_tables(readme: str) -> str:
     """Returns the README's text with every table made anew."""
-    tables = {"toyworld": toyworld(), "benchmarks": benchmarks(), "pipeline": pipeline(), "growth": growth()}
+    makers = (toyworld, benchmarks, pipeline, growth, generation, saved)
+    tables = {maker.__name__: maker() for maker in makers}
     for name, table in tables.items():
         pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
         readme, found = pattern.subn(lambda match, table=table: match[1] + table + match[2], readme)
@@ -103,6 +104,51 @@ def pipeline() -> str:
         ]
         rows.append([f"{line['rows']:,}", *cells, f"{1 / line['time_ratio']:.1f}"])
     return table(rows)
+
+
+def generation() -> str:
+    """What the run loop and its store cost."""
+    figures = results("generation_store")["figures"]
+    rows = [["requests to a model that takes no time", "new", "already stored", "peak memory"]]
+    for line in figures["by_size"]:
+        if line["requests"] > 1:
+            rates = (f"{line[name]:,.0f} a second" for name in ("requests_per_second", "stored_per_second"))
+            rows.append([f"{line['requests']:,}", *rates, f"{line['peak_mib']:.0f} MiB"])
+    beside = [["beside a model", "over bare `model.generate`", "over the backend without store"]]
+    for name, each in figures["beside_a_model"].items():
+        ways = each["ways"]
+        over_bare = ways["generate"]["ratio"] - 1
+        over_backend = ways["generate"]["seconds"] / ways["backend"]["seconds"] - 1
+        what = f"{name}, {each['parameters'] / 1e6:.1f} M parameters, {each['requests']} requests"
+        beside.append([what, f"{over_bare:+.1%}", f"{over_backend:+.1%}"])
+    return table(rows) + "\n" + table(beside)
+
+
+def saved() -> str:
+    """What need not be computed again: answers and visual tokens."""
+    figures, visual = results("deduplication")["figures"], results("visual_store")
+    images, windows = figures["images"], figures["windows"]
+    naive = images["per_interaction"] + images["per_candidate"]
+    rows = [["computed once", "against", "factor"]]
+    rows += [
+        [
+            f"descriptions of images, MovieLens: {images['different']:,}",
+            f"one for each interaction and candidate: {naive:,}",
+            f"{images['factor']:.1f}",
+        ],
+        [
+            f"summaries of windows, three parts: {windows['different']:,}",
+            f"each part for itself: {windows['per_part']:,}",
+            f"{windows['factor']:.1f}",
+        ],
+    ]
+    setting, image = visual["setting"], visual["image"]
+    what = f"visual tokens from the store, {setting['users']} users x {setting['candidates']} candidates"
+    for name, figure in visual["figures"].items():
+        if name != "store":
+            rows.append([what, name, f"{figure['ratio']:.1f}"])
+    size = f"{image['tokens']:.0f} tokens, {image['bfloat16_bytes'] / 1024:.1f} KiB in bfloat16"
+    return table(rows) + f"\nAn image of that benchmark takes {size} in the visual store.\n"
 
 
 def table(rows: list[list[str]]) -> str:

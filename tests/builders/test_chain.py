@@ -110,16 +110,20 @@ def test_a_budget_too_small_for_the_target_names_the_sample(toys, capsys):
 
 
 def test_a_smaller_budget_leaves_out_the_oldest_items(toys):
-    sizes = {}
-    for budget in (10_000, 300):
+    def build(name, budget):
         main(["build", "instructions", str(toys), "--processor", "tiny", "--max-prompt-tokens", str(budget),
               "--history", "6", "--history-as", "image", "--preference", "none", "--parts", "train",
-              "--name", f"b{budget}"])  # fmt: skip
-        sizes[budget] = pl.read_parquet(toys / "instructions" / f"b{budget}" / "train.parquet")
-    manifest = json.loads((toys / "instructions" / "b300" / "manifest.json").read_text())
-    assert manifest["counts"]["train"]["history_items_left_out"] > 0
-    for full, cut in zip(sizes[10_000]["shown"].to_list(), sizes[300]["shown"].to_list(), strict=True):
-        assert cut == full[len(full) - len(cut) :]
+              "--name", name])  # fmt: skip
+        folder = toys / "instructions" / name
+        counts = json.loads((folder / "manifest.json").read_text())["counts"]["train"]
+        return pl.read_parquet(folder / "train.parquet")["shown"].to_list(), counts
+
+    full, counts = build("full", 10_000)
+    assert counts["history_items_left_out"] == 0
+    cut, counts = build("cut", counts["longest_prompt_tokens"] - 20)
+    assert counts["history_items_left_out"] > 0
+    for all_of_them, kept in zip(full, cut, strict=True):
+        assert kept == all_of_them[len(all_of_them) - len(kept) :]
 
 
 def test_two_ranks_under_accelerate_launch_write_the_same_files(toys, tmp_path):
