@@ -116,10 +116,10 @@ def beside_a_random_model():
 
     shape = Shape(layers=12, hidden=768, intermediate=2048, heads=12, kv_heads=4, rope_sections=(8, 12, 12))
     with tempfile.TemporaryDirectory() as folder:
-        return beside_a_model(build_random(shape, Path(folder, "model")), 64, 3)
+        return beside_a_model(build_random(shape, Path(folder, "model")), 48, 3, 64)
 
 
-def beside_a_model(name, count, rounds):
+def beside_a_model(name, count, rounds, length):
     """Returns the seconds of three ways to answer the same requests, medians, and their ratios."""
     import torch
 
@@ -129,7 +129,7 @@ def beside_a_model(name, count, rounds):
     from recllm.mllm.store import GenerationStore, ImageHashes, request_key
 
     loaded = load(name, dtype="float32")
-    backend, decoding, hashes = InProcessBackend(loaded), Decoding(max_new_tokens=32), ImageHashes()
+    backend, decoding, hashes = InProcessBackend(loaded), Decoding(max_new_tokens=length), ImageHashes()
     requests = list(stream(count))
     pairs = [(request_key(backend.identity, decoding, request, hashes), request) for request in requests]
     batches, model_generate = [], loaded.base_model.generate
@@ -170,7 +170,13 @@ def beside_a_model(name, count, rounds):
         figures[way]["ratio"] = statistics.median(mine / base for mine, base in pairs_of_rounds)
         print(f"{way:20}", *(f"{key} {value:.4f}" for key, value in figures[way].items()), sep="  ")
     parameters = sum(each.numel() for each in loaded.model.parameters())
-    return {"parameters": parameters, "requests": count, "batches": len(batches), "ways": figures}
+    return {
+        "parameters": parameters,
+        "requests": count,
+        "max_new_tokens": length,
+        "batches": len(batches),
+        "ways": figures,
+    }
 
 
 def main() -> None:
@@ -178,14 +184,14 @@ def main() -> None:
         "by_size": by_size(),
         "beside_a_model": {
             "random": beside_a_random_model(),
-            "embedded": beside_a_model("tiny", 256, 7),
+            "embedded": beside_a_model("tiny", 256, 7, 64),
         },
     }
     content = {
         "benchmark": "generation_store",
         "machine": describe_machine(),
         "run": describe_run(),
-        "setting": {"rounds": ROUNDS, "null_batch": BATCH, "max_new_tokens": 32},
+        "setting": {"rounds": ROUNDS, "null_batch": BATCH},
         "figures": figures,
     }
     write_json(RESULTS, content)

@@ -27,7 +27,13 @@ def drift_path(session: Session, part: str) -> Path:
     return text_path(session.dataset.folder, f"tubc{tag}-{part}")
 
 
-def follow_drift(session: Session, options: UserOptions, histories: Histories, told: ItemTexts) -> None:
+def follow_drift(
+    session: Session,
+    options: UserOptions,
+    histories: Histories,
+    told: ItemTexts,
+    seen: set[tuple[str, bytes]],
+) -> None:
     """Writes texts/tubc-PART: the windows of all users in turn, the first ones, then the second ones, ...
 
     Args:
@@ -36,6 +42,7 @@ def follow_drift(session: Session, options: UserOptions, histories: Histories, t
         histories: The histories of one part; for `train`, each without its last item
             (`Histories.summarized`).
         told: What the windows say of the items, usually by IMSG.
+        seen: Windows of earlier parts, for the estimate of a dry run; those of this one are added.
     """
     name, decoding = f"tubc-{histories.part}", session.decoding(TUBC_TOKENS)
     template = session.templates["mllm_srec.tubc"]
@@ -48,8 +55,10 @@ def follow_drift(session: Session, options: UserOptions, histories: Histories, t
             break
         requests = (chain.request(wave, template) for chain in active)
         if options.dry_run:
-            windows_in_all = sum(len(chain.windows) for chain in chains)
-            session.preview(name, requests, decoding, total=windows_in_all)
+            windows_in_all = {window for chain in chains for window in chain.told_windows()} - seen
+            seen |= windows_in_all
+            session.preview(name, requests, decoding, total=len(windows_in_all))
+            print(f"{name}: judged by first windows; later ones have a line more, the summary before")
             return
         answers = session.answer(f"{name}, window {wave + 1}", requests, decoding)
         for number, (chain, (_, result)) in enumerate(zip(active, answers.results(), strict=True)):
@@ -111,6 +120,9 @@ class _Chain:
 
     def goes_on(self, wave: int) -> bool:
         return wave < len(self.windows) and self.latest is not None
+
+    def told_windows(self) -> list[tuple[str, bytes]]:
+        return [(self.name, self._items[:end].tobytes()) for _, end in self.windows]
 
     def request_id(self, wave: int) -> str:
         return f"{self.name}#{wave}"

@@ -101,6 +101,8 @@ class InstructionBuilder:
             return targets
         if self.preferences is not None:
             ends = set(self.preferences.ends(self._user_ids[user]))
+            passed_over = [target for target in targets if target.known not in ends]
+            self.counts["targets_passed_over_without_summary"] += len(passed_over)
             targets = [target for target in targets if target.known in ends]
             self.counts["users_without_summary"] += not targets
         return targets[-self.options.targets_per_user :] if self.options.targets_per_user else targets

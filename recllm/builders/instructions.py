@@ -45,6 +45,7 @@ _SHOWN = 2  # rows that a dry run prints
 _NAMED = 1000  # unusable images that a manifest names
 _TOLD = (
     "users_without_summary",
+    "targets_passed_over_without_summary",
     "rows_without_summary",
     "rows_without_target_image",
     "rows_without_viu_and_imsg",
@@ -171,6 +172,8 @@ def _composer(
     lines = combined
     if options.history and options.history_as == "summary":
         lines = texts(options.summaries, "mllm_srec")
+    for each in read.values():
+        each.tell_missing()
     if cot and any(preferences.values()):  # TUBC's turn repeats what TUBC was told
         lines = texts(_told_to_tubc(preferences), "mllm_srec")
     known = {token for each in read.values() for token in each.special_tokens}

@@ -164,13 +164,13 @@ class InstructionOptions:
     history_as: Literal["summary", "title", "image", "image+title"] = "summary"
     """How they are shown: by their IMSG summary, title, image, or image and title."""
     profile: bool = True
-    """Say the user's profile, where users.parquet has the column `profile`."""
+    """Say the user's profile, where users.parquet has the column `profile`; --no-profile leaves it out."""
     user_id: bool = False
     """Say the user's id, as the paper's table 1 does. An id carries no meaning that a model could use."""
     target_image: bool = True
-    """Show the target's image."""
+    """Show the target's image; --no-target-image leaves it out."""
     target_text: bool = True
-    """Tell the target's title, categories and text."""
+    """Tell the target's title, categories and text; --no-target-text leaves them out."""
     negatives: int = 1
     """Negatives a positive."""
     negative_sampling: Literal["uniform", "in_time"] = "uniform"
@@ -179,7 +179,7 @@ class InstructionOptions:
     candidates: str | None = None
     """For valid and test: name of the split's candidates; each is a row, instead of sampled negatives."""
     targets_per_user: int = 1
-    """Training positives a user, the latest; 0 for all. With preference texts, those after a summary."""
+    """Training positives a user, the latest; 0 for all. With preference texts, only those after a window."""
     processor: str | None = None
     """Model whose processor counts tokens, for --max-prompt-tokens and --dry-run: hub id, folder, `tiny`."""
     min_pixels: int | None = None

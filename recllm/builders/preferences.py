@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recllm.builders.texts import near_texts
 from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
 from recllm.errors import DataError
@@ -48,7 +49,7 @@ class ItemTexts:
         """
         path = folder / "texts" / f"{name}.parquet"
         if not path.exists():
-            raise DataError(f"{path} does not exist; write it first: {made_by}")
+            raise DataError(f"{path} does not exist{near_texts(path)}; write it first: {made_by}")
         table, metadata = read_texts(path)
         if metadata.get("data_hash") != dataset.data_hash:
             raise DataError(f"{path} was made from another state of {dataset.folder}; make it again")
@@ -57,6 +58,14 @@ class ItemTexts:
         )
         texts, hashes = (told[column].fill_null("").to_list() for column in ("text", "prompt_hash"))
         return cls(name, sha256(path), texts, hashes, tuple(metadata.get("special_tokens", ())))
+
+    def tell_missing(self) -> None:
+        """Prints how many items have no text in the file; title and description stand in for it."""
+        if missing := sum(not text for text in self.texts):
+            print(
+                f"{self.name}: {missing:,} of {len(self.texts):,} items have no text in it; their title, "
+                "categories and description are used"
+            )
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,9 @@ class Preferences:
         """
         if not path.exists():
             command = f"recllm build users {split.dataset.folder} --split {split.folder.name} --parts {part}"
-            raise DataError(f"{path} does not exist; write it first: {command} --model NAME")
+            raise DataError(
+                f"{path} does not exist{near_texts(path)}; write it first: {command} --model NAME"
+            )
         table, metadata = read_texts(path)
         if (metadata.get("data_hash"), metadata.get("split_hash")) != (
             split.dataset.data_hash,

@@ -14,6 +14,7 @@ from recllm.builders.catalog import Catalog
 from recllm.builders.options import ModelOptions, check_least, check_plain
 from recllm.builders.texts import check_free, describe_template, text_path
 from recllm.data.dataset import Dataset
+from recllm.errors import DataError
 from recllm.mllm.chat import Backend, Decoding, Request, Result
 from recllm.mllm.generation.run import Generated, generate
 from recllm.mllm.ranks import rank
@@ -108,6 +109,10 @@ class Session:
             path: Where to, instead.
         """
         path = path or self.text_path(name)
+        counts = generated.counts
+        if counts.failed and counts.failed == counts.unique:
+            item, reason = next(generated.errors())
+            raise DataError(f"{name}: none of {counts.requests:,} requests was answered; {item}: {reason}")
         if rank() != 0:
             return path
         metadata = {
@@ -120,17 +125,21 @@ class Session:
             **facts,
         }
         write_texts(path, generated, metadata=metadata, extra=extra)
-        counts = generated.counts
         print(
             f"{path}: {counts.requests:,} requests, {counts.unique:,} different; "
-            f"{counts.generated:,} answered now, {counts.stored:,} from the store"
+            f"{counts.generated:,} answered now, {counts.stored:,} from the store, {counts.failed:,} failed"
         )
+        cut = sum(result.finish == "length" for _, result in generated.results())
+        if cut:
+            print(f"  {cut:,} answers were cut off at {decoding.max_new_tokens} tokens (--max-new-tokens)")
         for request_id, reason in itertools.islice(
             generated.errors() if counts.failed else (), _ERRORS_SHOWN
         ):
             print(f"  no text for {request_id}: {reason}")
         if counts.failed > _ERRORS_SHOWN:
             print(f"  and {counts.failed - _ERRORS_SHOWN:,} more; the metadata of {path.name} lists them")
+        if counts.failed:
+            print("  the same command with --overwrite tries these again, and nothing else")
         return path
 
     def preview(

@@ -14,6 +14,7 @@ from recllm.builders.texts import check_free
 from recllm.data.splits import Split
 from recllm.errors import DataError
 from recllm.mllm.chat import Request, message
+from recllm.mllm.ranks import rank
 from recllm.prompts.templates import Template
 
 PREFERENCE_TOKENS = 160
@@ -36,8 +37,9 @@ def summarize_users(options: UserOptions) -> None:
     for part in options.parts:
         check_free(drift_path(session, part), overwrite=options.overwrite or options.dry_run)
     told = _item_texts(session, options.item_texts or "imsg", "mllm_srec")
+    seen: set[tuple[str, bytes]] = set()
     for part in options.parts:
-        follow_drift(session, options, Histories(split, part), told)
+        follow_drift(session, options, Histories(split, part), told, seen)
 
 
 def _preferences(session: Session, options: UserOptions, split: Split) -> None:
@@ -85,6 +87,8 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
         "items_left_out": left_out,
     }
     session.write(name, answers, decoding, [template], facts, {"user": answers.ids})
+    if left_out and rank() == 0:
+        print(f"  {left_out:,} items left out, the oldest of each user (--max-prompt-tokens)")
 
 
 def multimodal_description(text: str, description: str) -> str:
@@ -122,4 +126,7 @@ def _within(
 def _item_texts(session: Session, name: str, system: str) -> ItemTexts:
     folder = session.dataset.folder
     command = f"recllm build items {folder} --system {system} --model {session.options.model}"
-    return ItemTexts.open(folder, name, session.dataset, command)
+    texts = ItemTexts.open(folder, name, session.dataset, command)
+    if rank() == 0:
+        texts.tell_missing()
+    return texts

@@ -36,8 +36,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Returns where a model or adapter is; one of the hub is fetched into its cache where need be.
 
     Args:
-        name: A local folder, a hub id, or `tiny` for the embedded model, which is trained on first use. A
-            folder of that name goes before the hub.
+        name: A local folder, a hub id, or `tiny` for the embedded model, which is trained on first use (a
+            folder called so is `./tiny`). A folder goes before the hub.
         revision: Branch, tag or commit on the hub.
 
     Raises:
@@ -45,7 +45,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
             be reached.
     """
     folder = Path(name).expanduser()
-    if name == "tiny" and not folder.is_dir():
+    if name == "tiny":
         from recllm.mllm import tiny
 
         return Checkpoint("tiny", tiny.ensure())
@@ -71,6 +71,7 @@ def check_model_folder(folder: Path) -> dict[str, Any]:
             raise DataError(f"{folder}: an adapter, not a model; give it as adapter, and its base as model")
         raise DataError(f"{folder}: no config.json, so this is not a model's folder")
     config = read_json(folder / "config.json", "a model's folder")
+    check_architecture(config, folder)
     _check_weights(folder)
     if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise DataError(

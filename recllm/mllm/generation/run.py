@@ -125,7 +125,7 @@ def generate(
     silent = True if progress is None or ranks.rank() else None  # None is silent without a terminal
     with (
         store.writer(backend.identity, decoding) as writer,
-        tqdm(desc=progress, total=total, unit="request", disable=silent, smoothing=0.1) as bar,
+        tqdm(desc=progress, total=total, unit="request", disable=silent, smoothing=0.1, leave=False) as bar,
     ):
         run = _Run(backend, store, writer, decoding, bar, group_of)
         stream = iter(requests)

@@ -38,6 +38,8 @@ MAX_WAIT_S = 60.0
 CONNECT_S = 30.0
 HOPELESS_AFTER = 20
 """So many requests in a row that fail for no reason of their own end the job. Ours."""
+TRIES_BEFORE_ANY_CONNECTION = 3
+"""Tries of a request while the server has never been reached: a wrong address is told soon. Ours."""
 _PASSING = {408, 409, 425, 429}
 _MISADDRESSED = {404, 405, *range(300, 400)}
 
@@ -175,6 +177,7 @@ class _Exchange(threading.Thread):
         self._outbox: queue.SimpleQueue[Result | BaseException | None] = queue.SimpleQueue()
         self._room = asyncio.Semaphore(4 * options.concurrency)
         self._running = threading.Event()
+        self._reached = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     # In the caller's thread.
@@ -283,6 +286,8 @@ class _Exchange(threading.Thread):
                 return _Outcome(Result.failed(key, f"server: {refusal}"), blameless=refusal.misaddressed)
             except PassingFaultError as fault:
                 last = fault
+            if not (last.connected or self._reached) and tries >= TRIES_BEFORE_ANY_CONNECTION:
+                break
             if tries <= self._options.retries:
                 wait = min(MAX_WAIT_S, self._options.backoff_s * 2 ** (tries - 1)) * random.uniform(0.5, 1.0)
                 await asyncio.sleep(max(wait, min(last.wait_s, MAX_WAIT_S)))
@@ -293,6 +298,7 @@ class _Exchange(threading.Thread):
             async with session.post(
                 self._url, data=body, allow_redirects=False, proxy=self._proxy
             ) as response:
+                self._reached = True
                 if not 200 <= response.status < 300:
                     await self._raise_for(response, session)
                 raw = await _read(response, MAX_ANSWER_BYTES + 1)
