@@ -9,9 +9,8 @@ whatever its size, which is mostly waiting for the disk. Each size runs in its o
 interleaved, figures are medians.
 
 Then beside a model, paired in one process: `generate` into a new store against bare `model.generate` on the
-very batches that it made, and against the backend alone, without store. The model has random weights (12
-layers of width 768, 70 M parameters); the embedded one, which answers a request in about 3 ms, shows the
-worst case.
+very batches that it made, and against the backend alone, without store. The model has random weights (8
+layers of width 512); the embedded one, which answers a request in about 3 ms, shows the worst case.
 """
 
 import copy
@@ -114,9 +113,9 @@ def beside_a_random_model():
     """Runs `beside_a_model` on random weights of a size that is still quick to run on a CPU."""
     from recllm.mllm.tiny import Shape, build_random
 
-    shape = Shape(layers=12, hidden=768, intermediate=2048, heads=12, kv_heads=4, rope_sections=(8, 12, 12))
+    shape = Shape(layers=8, hidden=512, intermediate=1408, heads=8, kv_heads=4, rope_sections=(8, 12, 12))
     with tempfile.TemporaryDirectory() as folder:
-        return beside_a_model(build_random(shape, Path(folder, "model")), 48, 3, 64)
+        return beside_a_model(build_random(shape, Path(folder, "model")), 48, 9, 64)
 
 
 def beside_a_model(name, count, rounds, length):

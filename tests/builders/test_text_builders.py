@@ -283,3 +283,38 @@ def test_profiles_that_are_not_text(world):
     numbers.users = users.with_columns(profile=pl.lit([1]))
     with pytest.raises(DataError, match="column 'profile'"):
         profiles_of(numbers)
+
+
+def test_answers_that_were_cut_off_and_requests_that_failed_are_told(world, backend, monkeypatch, capsys):
+    def cut(requests, decoding):
+        for number, (key, _) in enumerate(requests):
+            if number % 3:
+                yield [Result(key, "The image sh", 5, decoding.max_new_tokens, "length")]
+            else:
+                yield [Result.failed(key, "server: 400")]
+
+    monkeypatch.setattr(backend, "generate", cut)
+    summarize_items(ItemOptions(world.folder, "rule", system="vlm4rec"))
+    told = capsys.readouterr().out
+    assert "34 answered now, 0 from the store, 17 failed" in told
+    assert "34 answers were cut off at 160 tokens" in told
+    assert "no text for common0: server: 400" in told and "--overwrite tries these again" in told
+
+
+def test_a_run_in_which_every_request_fails_ends_with_an_error_and_no_file(world, backend, monkeypatch):
+    def fail(requests, decoding):
+        yield [Result.failed(key, "server: 400") for key, _ in requests]
+
+    monkeypatch.setattr(backend, "generate", fail)
+    with pytest.raises(DataError, match="none of 51 requests was answered; common0: server: 400"):
+        summarize_items(ItemOptions(world.folder, "rule"))
+    assert not (world.folder / "texts").exists()
+
+
+def test_items_without_a_text_are_told(world, backend, capsys):
+    split_of(world)
+    summarize_items(ItemOptions(world.folder, "rule", limit=20))
+    summarize_users(UserOptions(world.folder, "rule", parts=("train",)))
+    assert "imsg: 31 of 51 items have no text in it" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"imsg-b.parquet does not exist \(texts that there are: imsg, "):
+        summarize_users(UserOptions(world.folder, "rule", parts=("train",), item_texts="imsg-b"))
