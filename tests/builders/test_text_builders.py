@@ -317,4 +317,4 @@ def test_items_without_a_text_are_told(world, backend, capsys):
     summarize_users(UserOptions(world.folder, "rule", parts=("train",)))
     assert "imsg: 31 of 51 items have no text in it" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"imsg-b.parquet does not exist \(texts that there are: imsg, "):
-        summarize_users(UserOptions(world.folder, "rule", parts=("train",), item_texts="imsg-b"))
+        summarize_users(UserOptions(world.folder, "rule", parts=("train",), item_texts="imsg-b", tag="b"))
