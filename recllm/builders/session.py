@@ -183,7 +183,7 @@ class Session:
         total: int | None,
     ) -> None:
         """Prints what is to do, from the first requests: how many differ, how many are answered already."""
-        looked_at, count = list(itertools.islice(requests, _LOOKED_AT)), 0
+        looked_at = list(itertools.islice(requests, _LOOKED_AT))
         keys, hashes = set(), ImageHashes()
         for request in looked_at:
             with contextlib.suppress(OSError):  # an unreadable image: the run names it
@@ -191,7 +191,7 @@ class Session:
         done = 0
         if (self.store_folder / "manifest.json").exists():
             done = sum(self.store.get(key) is not None for key in keys)
-        count = total or len(looked_at) + sum(1 for _ in requests)
+        count = len(looked_at) + sum(1 for _ in requests) if total is None else total
         waiting = count * (len(keys) - done) / len(looked_at)
         prompt, answer = (
             sum(getattr(result, field) for result in results) / len(results)

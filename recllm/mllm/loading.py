@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from recllm.errors import DataError
 from recllm.mllm.checkpoints import Checkpoint, check_architecture, check_model_folder, find_checkpoint
 from recllm.mllm.fingerprint import fingerprint
+from recllm.mllm.ranks import local_rank
 
 if TYPE_CHECKING:
     from recllm.mllm.token_budget import ImageTokens
@@ -322,7 +322,7 @@ def _placement(device_map: str | dict[str, Any] | None, *, by_trainer: bool) -> 
         return device_map
     if by_trainer or not torch.cuda.is_available():
         return None
-    return {"": int(os.environ.get("LOCAL_RANK", "0"))}
+    return {"": local_rank()}
 
 
 def _compute_dtype(dtype: str) -> Any:

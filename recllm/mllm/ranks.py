@@ -39,11 +39,6 @@ def connect() -> None:
         _group()
 
 
-def barrier() -> None:
-    """Waits until every rank has come here; see `sum_over_ranks`."""
-    sum_over_ranks([0])
-
-
 def sum_over_ranks(numbers: Sequence[int]) -> list[int]:
     """Waits until every rank has come here, and returns the sums of what they brought.
 

@@ -1,8 +1,7 @@
-"""How many tokens an image takes, known before it is decoded, and histories that fit a budget whole."""
+"""How many tokens an image takes, known before it is decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,30 +119,6 @@ class ImageTokens:
     def decode(self, data: bytes, name: object) -> Image.Image:
         """Does what `load` does, from a file's bytes; `name` names the image in errors."""
         return decode_image(data, name, self.size)
-
-
-def drop_oldest(sample_id: str, fixed: int, items: Sequence[int], budget: int) -> int:
-    """Returns how many of the oldest history items must go, whole, for a sample to fit its token budget.
-
-    Args:
-        sample_id: Names the sample in an error.
-        fixed: Tokens of everything that is no history item: instructions, target, answer.
-        items: Tokens of each history item, text and images, oldest first.
-        budget: The most tokens that the sample may have.
-
-    Raises:
-        BudgetError: `fixed` alone exceeds the budget.
-    """
-    if fixed > budget:
-        raise BudgetError(
-            f"sample {sample_id!r}: {fixed} tokens without any history, target included, but the budget is "
-            f"{budget}; raise the budget, or lower max_pixels or the length of texts"
-        )
-    total, dropped = fixed + sum(items), 0
-    while total > budget:
-        total -= items[dropped]
-        dropped += 1
-    return dropped
 
 
 def _has_pixel_budget(processor: Any) -> bool:

@@ -174,24 +174,18 @@ def test_an_image_that_cannot_be_read_fails_alone_and_is_tried_again(tmp_path: P
     assert not list(generated.errors()) and model.asked == ["r0", "a"]
 
 
-def test_ranks_share_the_work_by_key_or_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_share_the_work_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recllm.mllm.ranks.connect", lambda: None)
     monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", list)
-    requests = ask(*map(str, range(90)))
-    for name, group_of in (("key", None), ("group", lambda request: request.id[-1])):
-        shares = []
-        for rank in range(3):
-            monkeypatch.setenv("RANK", str(rank))
-            monkeypatch.setenv("WORLD_SIZE", "3")
-            model = Model()
-            run(requests, model, tmp_path / f"{name}{rank}", group_of=group_of)
-            shares.append(set(model.asked))
-        assert sum(map(len, shares)) == 90 and len(set.union(*shares)) == 90
-        if group_of:
-            groups = [{asked[-1] for asked in share} for share in shares]
-            assert sum(map(len, groups)) == 10
-        else:
-            assert all(15 < len(share) < 45 for share in shares)
+    requests, shares = ask(*map(str, range(90))), []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        model = Model()
+        run(requests, model, tmp_path / str(rank))
+        shares.append(set(model.asked))
+    assert sum(map(len, shares)) == 90 and len(set.union(*shares)) == 90
+    assert all(15 < len(share) < 45 for share in shares)
 
 
 # ----------------------------------------------------------------------------------------------------- texts

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recllm.errors import DataError
-from recllm.mllm.token_budget import BudgetError, ImageTokens, drop_oldest, image_settings
+from recllm.mllm.token_budget import ImageTokens, image_settings
 
 from .small_models import save_small
 
@@ -147,14 +147,3 @@ def test_slivers_are_refused_before_any_pixel_is_decoded(loaded):
     tokens = ImageTokens(loaded("qwen2_vl")[1])
     with pytest.raises(DataError, match="200 times"):
         tokens.count(2010, 10)
-
-
-@given(st.integers(0, 50), st.lists(st.integers(0, 30), max_size=12), st.integers(0, 200))
-def test_dropping_fits_and_is_the_least_that_does(fixed, items, budget):
-    if fixed > budget:
-        with pytest.raises(BudgetError, match="'user 7'"):
-            drop_oldest("user 7", fixed, items, budget)
-        return
-    dropped = drop_oldest("user 7", fixed, items, budget)
-    fitting = [count for count in range(len(items) + 1) if fixed + sum(items[count:]) <= budget]
-    assert dropped == min(fitting)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import zlib
 from array import array
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
@@ -92,7 +91,6 @@ def generate(
     decoding: Decoding,
     *,
     window: int = 2048,
-    group_of: Callable[[Request], str] | None = None,
     progress: str | None = "generating",
 ) -> Generated:
     """Answers requests, from the store where it can and by the model where it must.
@@ -110,8 +108,6 @@ def generate(
         store: Where results are kept.
         decoding: Decoding settings.
         window: Requests handed to the backend at a time, which may sort them by length.
-        group_of: Requests of one group go to one rank, for example those that share a prefix. Equal content
-            must be of one group. None shares by key.
         progress: What the progress bar is called; None for no bar.
 
     Raises:
@@ -127,7 +123,7 @@ def generate(
         store.writer(backend.identity, decoding) as writer,
         tqdm(desc=progress, total=total, unit="request", disable=silent, smoothing=0.1, leave=False) as bar,
     ):
-        run = _Run(backend, store, writer, decoding, bar, group_of)
+        run = _Run(backend, store, writer, decoding, bar)
         stream = iter(requests)
         while chunk := list(islice(stream, window)):
             ids.extend(request.id for request in chunk)
@@ -153,10 +149,9 @@ class _Run:
         writer: StoreWriter,
         decoding: Decoding,
         bar: tqdm,
-        group_of: Callable[[Request], str] | None,
     ) -> None:
         self.backend, self.store, self.writer, self.decoding = backend, store, writer, decoding
-        self.bar, self.group_of = bar, group_of
+        self.bar = bar
         self.rank, self.world = ranks.rank(), ranks.world_size()
         self.image_hashes = ImageHashes()
         self.waiting: dict[bytes, Request] = {}
@@ -174,7 +169,7 @@ class _Run:
                 unreadable[key] = f"image: {error.filename} cannot be read: {error.strerror}"
             keys.append(key)
         for request, key, missing in zip(chunk, keys, self.store.missing(keys), strict=True):
-            if missing and key not in self.waiting and key not in self.failed and self._is_mine(request, key):
+            if missing and key not in self.waiting and key not in self.failed and self._is_mine(key):
                 if key in unreadable:
                     self._keep([Result.failed(key, unreadable[key])], [request.id])
                 else:
@@ -211,10 +206,8 @@ class _Run:
         self.failed.update(failed)
         self.generated += len(results) - len(failed)
 
-    def _is_mine(self, request: Request, key: bytes) -> bool:
-        if self.group_of is None:
-            return int.from_bytes(key[:8], "big") % self.world == self.rank
-        return zlib.crc32(self.group_of(request).encode()) % self.world == self.rank
+    def _is_mine(self, key: bytes) -> bool:
+        return int.from_bytes(key[:8], "big") % self.world == self.rank
 
 
 def _hash_path(path: object) -> str:
