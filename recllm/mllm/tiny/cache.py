@@ -106,7 +106,7 @@ def _without_prose(source: str) -> str:
 def _train_into(out: Path, seed: int, shape: Shape, course: Course, progress: bool) -> None:
     if progress:
         print(
-            f"Training the embedded model into {out}: once, two to three minutes on two cores.",
+            f"Training the embedded model into {out}: once, three to four minutes on two cores.",
             file=sys.stderr,
             flush=True,
         )
@@ -120,7 +120,7 @@ def _train_into(out: Path, seed: int, shape: Shape, course: Course, progress: bo
             {
                 "kind": "embedded model",
                 "seed": seed,
-                "steps": course.looking + course.steps,
+                "steps": course.looking + course.steps + course.comparing,
                 "loss": round(sum(tail) / len(tail), 4),
                 "seconds": round(time.monotonic() - started, 1),
                 "versions": {name: version(name) for name in _DECIDED_BY},

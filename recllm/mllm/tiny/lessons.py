@@ -33,6 +33,7 @@ class Look(NamedTuple):
         return f"{self.color}, {self.pattern} {self.shape}"
 
 
+ATTRIBUTES = (COLORS, PATTERNS, SHAPES)
 LOOKS: tuple[Look, ...] = tuple(Look(c, p, s) for c in COLORS for p in PATTERNS for s in SHAPES)
 
 
@@ -43,10 +44,12 @@ class Lesson:
     Attributes:
         messages: The chat.
         looks: What its image parts show, in order.
+        compared: For a comparison, what its target shares with the items that it lists; see `shared`.
     """
 
     messages: tuple[Message, ...]
     looks: tuple[Look, ...] = ()
+    compared: tuple[int, ...] | None = None
 
     @property
     def answer(self) -> str:
@@ -76,6 +79,21 @@ def tracked(looks: Sequence[Look | None], previous: str) -> str:
     if previous:
         answer += f" Before: {previous.removeprefix('Last: ').partition('.')[0]}."
     return answer
+
+
+def shared(target: Look, known: Sequence[Look]) -> tuple[int, ...]:
+    """What a target shares with looks that were known before it, oldest first.
+
+    Returns:
+        Three times three numbers, for color, pattern and shape each: of the target's value where the last
+        look has it too, and else the number of values; then the same for any, and for two, of the last three.
+    """
+    told = []
+    for recent, least in ((known[-1:], 1), (known[-3:], 1), (known[-3:], 2)):
+        for number, values in enumerate(ATTRIBUTES):
+            same = sum(look[number] == target[number] for look in recent) >= least
+            told.append(values.index(target[number]) if same else len(values))
+    return tuple(told)
 
 
 def described(look: Look) -> str:
@@ -249,8 +267,21 @@ class Teacher:
         return _lesson(prompt, f"{item.maker}, {item.category}")
 
     def question(self) -> Lesson:
-        """A question about a target, answered at random: the form, and no knowledge."""
+        """A question about a target, answered at random: the form, and no knowledge of what users like."""
         return self._question(())
+
+    def comparison(self) -> Lesson:
+        """The same question with what the target shares with the listed items; its answer is as random."""
+        recent = self._history(4)
+        target = self._item()
+        if self._chance(0.75):
+            values = (
+                of if self._chance(0.5) else own for of, own in zip(recent[-1].look, target.look, strict=True)
+            )
+            target = replace(target, look=Look(*values))
+        lines = [summarized(item.title, item.look) for item in recent]
+        chat = self._asked(target, lines)
+        return Lesson(chat, (target.look,), shared(target.look, [item.look for item in recent]))
 
     def chain(self) -> Lesson:
         """The four steps of one item in one chat: VIU, IMSG, TUBC, question."""
@@ -275,6 +306,10 @@ class Teacher:
         ]
         if form == 2:
             looks += tuple(item.look for item in recent)
+        return Lesson((*before, *self._asked(target, history)), (*looks, target.look))
+
+    def _asked(self, target: _Item, history: Sequence[str]) -> tuple[Message, Message]:
+        """The question, and yes or no at random."""
         prompt = mllm_srec.QUESTION.fill(
             {
                 "user": f"u{int(self._rng.integers(1000)):06d}" if self._chance(0.2) else "",
@@ -283,11 +318,10 @@ class Teacher:
                 ),
                 "preference": self._previous(),
                 "history": _lines(history),
-                "target": f"{target.title}. {target.plural}. {target.text}{IMAGE_MARK}",
+                "target": f"{target.title}. {target.plural}. {target.text} {IMAGE_MARK}",
             }
         )
-        ending = message("user", prompt), message("assistant", self._one(("Yes.", "No.")))
-        return Lesson((*before, *ending), (*looks, target.look))
+        return message("user", prompt), message("assistant", self._one(("Yes.", "No.")))
 
 
 _DATASETS = ("toy world", "Amazon Baby", "Amazon Sports", "Amazon Clothing", "MovieLens", "MicroLens")
