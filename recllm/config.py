@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from recllm.errors import DataError
+from recllm.quiet import hush
 
 Config = TypeVar("Config")
 
@@ -62,6 +63,7 @@ def run_command(
     prog: str | None = None,
 ) -> None:
     """Parses the arguments and runs `command`; a `DataError` becomes one message and exit status 1."""
+    hush()
     try:
         command(parse_config(config, argv, prog=prog))
     except DataError as error:

@@ -273,7 +273,7 @@ def _load_model(
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    from recllm.mllm.quantization import check_nf4, nf4_config
+    from recllm.mllm.quantization import check_nf4, keep_unpacked, nf4_config
 
     options: dict[str, Any] = {}
     if quantization == "nf4":
@@ -312,6 +312,7 @@ def _load_model(
         )
     if quantization == "nf4":
         check_nf4(model)
+        keep_unpacked(model)
     return model
 
 

@@ -56,6 +56,19 @@ def modules_outside_decoder(model: Any) -> list[str]:
     return names
 
 
+def keep_unpacked(model: Any) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights when a model is first evaluated on a CPU.
+
+    It does so where the CPU has AVX512-BF16. What is repacked computes in bfloat16 and passes no gradient, so
+    that training after a validation would go wrong without a word, and scores would depend on the CPU.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def check_nf4(model: Any) -> None:
     """Checks after loading that the language model was quantized and nothing else was.
 
