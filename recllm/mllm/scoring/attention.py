@@ -1,0 +1,175 @@
+"""Attention over prompts that share a prefix: the prefix stands once, and each suffix sees it and itself.
+
+A suffix attends in two parts, to the prefix (all of it, so no mask) and to itself (causally); the two are
+merged by their log-sum-exps, which is exact (as in "Hydragen", arXiv 2402.05099). No
+mask is built, and no key of the prefix is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+NAME = "recllm_shared_prefix"
+DEVICES = ("cpu", "cuda")
+"""Where attention can give its log-sum-exp."""
+
+
+@dataclass(frozen=True)
+class GroupLayout:
+    """One group's place in a row of packed tokens: its prefix, then its suffixes, one after the other.
+
+    Attributes:
+        start: The first token of the prefix.
+        prefix: Tokens of the prefix; may be 0.
+        suffixes: Tokens of each suffix.
+    """
+
+    start: int
+    prefix: int
+    suffixes: tuple[int, ...]
+    _on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, compare=False)
+
+    @property
+    def suffix_start(self) -> int:
+        """The first token of the first suffix."""
+        return self.start + self.prefix
+
+    @cached_property
+    def end(self) -> int:
+        """One past the last token."""
+        return self.suffix_start + sum(self.suffixes)
+
+    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns how suffixes are laid out as rows, padded on the right, and back.
+
+        Returns:
+            (suffixes, longest): the packed token (counted from the first suffix) at each place of the rows,
+            0 where there is none; and (tokens): the place of each packed token in the flattened rows.
+        """
+        if device not in self._on:
+            lengths = torch.tensor(self.suffixes)
+            starts = lengths.cumsum(0) - lengths
+            columns = torch.arange(max(self.suffixes))
+            used = columns < lengths[:, None]
+            tokens = torch.where(used, starts[:, None] + columns, 0)
+            self._on[device] = tokens.to(device), used.flatten().nonzero()[:, 0].to(device)
+        return self._on[device]
+
+
+@contextmanager
+def shared_prefix_attention(language_model: Any) -> Iterator[None]:
+    """Switches a language model to `attend` meanwhile; its forward pass must be given `layout`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, attend)
+    config = language_model.config
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attend(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    scaling: float,
+    layout: Sequence[GroupLayout],
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attends within one row of packed groups; an attention function as transformers calls them.
+
+    Args:
+        module: The attention layer.
+        query: (1, heads, tokens, width).
+        key: (1, key-value heads, tokens, width).
+        value: As `key`.
+        attention_mask: None; the layout says it all.
+        scaling: Of the scores.
+        layout: The groups, one after the other.
+
+    Returns:
+        (1, tokens, heads, width), and None for the weights.
+    """
+    heads, width = query.shape[1], query.shape[3]
+    query, key, value = query[0], key[0], value[0]
+    output = query.new_empty(query.shape[1], heads, width)
+    for group in layout:
+        prefix, own = slice(group.start, group.suffix_start), slice(group.suffix_start, group.end)
+        alone, alone_lse = _among_themselves(query[:, own], key[:, own], value[:, own], group, scaling)
+        if not group.prefix:
+            output[own] = alone.transpose(0, 1)
+            continue
+        output[prefix] = _causal(query[:, prefix], key[:, prefix], value[:, prefix], scaling)
+        before, before_lse = _all_of(query[:, own], key[:, prefix], value[:, prefix], scaling)
+        share = torch.sigmoid(alone_lse - before_lse)[..., None]
+        merged = torch.lerp(before.float(), alone.float(), share)
+        output[own] = merged.to(output.dtype).transpose(0, 1)
+    return output[None], None
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
+    repeats = len(query) // len(key)
+    output = functional.scaled_dot_product_attention(
+        query[None],
+        key.repeat_interleave(repeats, 0)[None],
+        value.repeat_interleave(repeats, 0)[None],
+        is_causal=True,
+        scale=scaling,
+    )
+    return output[0].transpose(0, 1)
+
+
+def _among_themselves(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: GroupLayout, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each suffix's attention to itself; (heads, tokens, width) and its log-sum-exp, (heads, tokens)."""
+    tokens, back = group.places(query.device)
+    repeats = len(query) // len(key)
+    rows = [
+        part.repeat_interleave(times, 0)[:, tokens].transpose(0, 1)  # (suffixes, heads, longest, width)
+        for part, times in ((query, 1), (key, repeats), (value, repeats))
+    ]
+    output, lse = _with_lse(*rows, scaling, causal=True)
+    output = output.transpose(0, 1).flatten(1, 2)[:, back]
+    return output, lse.transpose(0, 1).flatten(1, 2)[:, back]
+
+
+def _all_of(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention to every key. Without a mask, the query heads of one key-value head are one long row."""
+    heads, tokens, width = query.shape
+    folded = query.reshape(1, len(key), -1, width)
+    output, lse = _with_lse(folded, key[None], value[None], scaling, causal=False)
+    return output.reshape(heads, tokens, width), lse.reshape(heads, tokens)
+
+
+def _with_lse(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, *, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of (rows, heads, queries, width), and the log-sum-exp of its scores in float32."""
+    kernels = torch.ops.aten
+    queries = query.shape[2]
+    if query.device.type == "cpu":
+        return kernels._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, causal, scale=scaling
+        )
+    if query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] % 8 == 0:
+        found = kernels._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, scale=scaling)
+    else:
+        found = kernels._scaled_dot_product_efficient_attention(
+            query, key, value, None, True, 0.0, causal, scale=scaling
+        )
+    return found[0], found[1][..., :queries]

@@ -1,0 +1,216 @@
+"""The command that scores a part of an instructions folder."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from recllm.data.dataset import Dataset, describe_file
+from recllm.errors import DataError
+from recllm.files import read_json
+from recllm.mllm import ranks
+from recllm.mllm.images import resolve_image
+from recllm.mllm.loading import LoadOptions
+from recllm.mllm.scoring.options import YesNoOptions
+
+if TYPE_CHECKING:
+    from recllm.mllm.loading import LoadedModel
+    from recllm.mllm.visual_store import VisualStore
+
+_INSTRUCTIONS = "a folder of instructions (made by `recllm build instructions`)"
+
+
+def score_yes_no(options: YesNoOptions) -> None:
+    """Scores a part of an instructions folder and writes scores/NAME.parquet.
+
+    Under `accelerate launch` every rank scores its share, and rank 0 writes the file. A run that was killed
+    goes on where it was when the same command is given again.
+
+    Raises:
+        DataError: An option or file is not as it must be; a sample cannot be scored.
+    """
+    _check(options)
+    source = Source.open(options.instructions, options.part)
+    which, name = model_of(options)
+    name = options.name or (name if options.part == "test" else f"{name}-{options.part}")
+    out = options.out / "scores" / f"{name}.parquet"
+    if out.exists() and not options.overwrite:
+        raise DataError(f"{out} exists already; give another --name or --out, or --overwrite to replace it")
+    rows = source.rows(options.limit)
+
+    from recllm.mllm.scoring.job import score_into
+    from recllm.mllm.scoring.scorer import YesNoScorer
+
+    loaded = which.load()
+    store = None
+    if options.visual_store is not None:
+        store = _visual_store(options.visual_store, loaded, source.dataset)
+    scorer = YesNoScorer(
+        loaded,
+        visual_store=store,
+        yes=options.yes,
+        no=options.no,
+        probability=options.probability,
+        batch_tokens=options.batch_tokens,
+    )
+    if options.generate_steps:
+        rows = _with_steps(rows, source.dataset, loaded, store, options.step_tokens)
+    job = {
+        "instructions": source.sha256,
+        "limit": options.limit,
+        "step_tokens": options.step_tokens if options.generate_steps else None,
+    }
+    metadata = {"recllm.protocol": source.protocol, "recllm.system": name}
+    summary = score_into(
+        scorer, rows, source.dataset, out, job=job, metadata=metadata, overwrite=options.overwrite
+    )
+    if summary is not None:
+        print(f"{out} ({scorer.method}): {summary}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A part of an instructions folder.
+
+    Attributes:
+        path: The part's file.
+        dataset: The dataset folder.
+        protocol: Of the part's rows.
+        sha256: Of the file.
+    """
+
+    path: Path
+    dataset: Path
+    protocol: str
+    sha256: str
+
+    @classmethod
+    def open(cls, folder: Path, part: str) -> Source:
+        """Opens a part.
+
+        Raises:
+            DataError: It is not there, or not the one that the folder's manifest describes.
+        """
+        folder = Path(folder).resolve()
+        manifest = read_json(folder / "manifest.json", _INSTRUCTIONS)
+        path = folder / f"{part}.parquet"
+        if not path.is_file():
+            raise DataError(
+                f"{path} does not exist; make it with `recllm build instructions DATASET --parts {part} "
+                "--candidates NAME`"
+            )
+        found = describe_file(path)
+        if found != manifest.get("files", {}).get(path.name) or part not in manifest.get("protocols", {}):
+            raise DataError(f"{path} is not the file that its manifest.json describes; build it again")
+        dataset = folder.parent.parent
+        if folder.parent.name != "instructions" or not (dataset / "manifest.json").is_file():
+            raise DataError(f"{folder} does not lie in DATASET/instructions, so its images cannot be found")
+        return cls(path, dataset, manifest["protocols"][part], found["sha256"])
+
+    def rows(self, limit: int | None) -> pl.DataFrame:
+        """Returns the rows, or those of the first `limit` users.
+
+        Raises:
+            DataError: There are none, or a user's target has an item twice.
+        """
+        rows = pl.read_parquet(self.path, glob=False)
+        if limit is not None:
+            users = rows["user"].unique(maintain_order=True).head(limit)
+            rows = rows.filter(pl.col("user").is_in(users.implode()))
+        if rows.is_empty():
+            raise DataError(f"{self.path} has no rows to score")
+        keys = ["user", "target", "item"]
+        if (twice := rows.filter(rows.select(keys).is_duplicated())).height:
+            first = dict(zip(keys, twice.select(keys).row(0), strict=True))
+            raise DataError(
+                f"{self.path}: {first} stands in it more than once, and a score file has one score for each; "
+                "build the part with --candidates"
+            )
+        return rows
+
+
+def model_of(options: YesNoOptions) -> tuple[LoadOptions, str]:
+    """Returns what to load, and the system's name where none is given.
+
+    Raises:
+        DataError: Neither a model nor a run is named, or both are; or the run's folder is not one.
+    """
+    if (options.model is None) == (options.run is None):
+        raise DataError("name what is to score: --model NAME (and --adapter), or --run FOLDER; one of them")
+    given: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("dtype", "quantization", "min_pixels", "max_pixels", "revision")
+        if getattr(options, name) is not None
+    }
+    placed = {"device_map": options.device_map, "attn_implementation": options.attn_implementation}
+    if options.run is None:
+        settings = {"model": options.model, "adapter": options.adapter, **given}
+        name = str(options.model).rstrip("/").rpartition("/")[2]
+    else:
+        if options.adapter is not None:
+            raise DataError("--run has an adapter of its own; leave --adapter out, or name --model instead")
+        settings = {**_settings_of_run(options.run), **given}
+        name = Path(options.run).resolve().name
+    if settings.get("quantization") == "none":
+        settings["quantization"] = None
+    return LoadOptions(**settings, **placed), name
+
+
+def _settings_of_run(run: Path) -> dict[str, Any]:
+    manifest = read_json(run / "manifest.json", "a run's folder (made by `recipes/sft.py`)")
+    trained = manifest.get("settings")
+    if not isinstance(trained, dict) or "model" not in trained:
+        raise DataError(f"{run / 'manifest.json'} does not say which model was trained; name --model instead")
+    names = ("quantization", "min_pixels", "max_pixels", "dtype", "revision")
+    settings = {name: trained[name] for name in names if trained.get(name) is not None}
+    if (run / "adapter_config.json").is_file():
+        return {**settings, "model": trained["model"], "adapter": str(run)}
+    settings.pop("revision", None)  # of the base; the run's folder has weights of its own
+    return {**settings, "model": str(run)}
+
+
+def _check(options: YesNoOptions) -> None:
+    for name in ("batch_tokens", "step_tokens", "limit", "min_pixels", "max_pixels"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise DataError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    name = options.name
+    if name is not None and (Path(name).name != name or name.startswith(".")):
+        raise DataError(f"--name {name!r}: expected a plain word, which is part of a file's name")
+
+
+def _visual_store(named: str, loaded: LoadedModel, dataset: Path) -> VisualStore:
+    from recllm.mllm.visual_store import VisualStore, build_visual_store
+    from recllm.mllm.visual_tower import store_identity
+
+    if named != "auto":
+        if not Path(named).is_dir():
+            raise DataError(f"--visual-store {named}: no such folder; `auto` makes one below the dataset")
+        return VisualStore.open(Path(named), loaded.model, loaded.processor)
+    identity = store_identity(loaded.model, loaded.processor)
+    fingerprint = hashlib.sha256("".join(sorted(identity.values())).encode()).hexdigest()[:16]
+    folder = dataset / "visual" / fingerprint
+    ranks.connect()
+    if ranks.rank() == 0 and not folder.exists():
+        shown = Dataset.open(dataset).items["images"].explode(empty_as_null=True).drop_nulls().unique()
+        paths = [resolve_image(dataset, path) for path in shown.sort()]
+        dtype = str(loaded.model.dtype).removeprefix("torch.")
+        build_visual_store(loaded.model, loaded.processor, paths, folder, dtype=dtype)
+    ranks.sum_over_ranks([0])  # the store is there
+    return VisualStore.open(folder, loaded.model, loaded.processor)
+
+
+def _with_steps(
+    rows: pl.DataFrame, dataset: Path, loaded: LoadedModel, store: VisualStore | None, tokens: int
+) -> pl.DataFrame:
+    from recllm.mllm.generation.in_process import InProcessBackend
+    from recllm.mllm.scoring.steps import with_generated_steps
+    from recllm.mllm.store import GenerationStore
+
+    backend = InProcessBackend(loaded, visual_store=store)
+    answers = GenerationStore.open(dataset / "generations")
+    return with_generated_steps(rows, dataset, backend, answers, tokens)

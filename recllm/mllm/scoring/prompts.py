@@ -1,0 +1,284 @@
+"""From rows of instructions to tokens, and from tokens to groups of prompts that share their beginning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from recllm.errors import DataError
+from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
+from recllm.mllm.images import ImageError, image_size, map_in_threads, resolve_image
+from recllm.mllm.rendering import expand, render
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from recllm.mllm.loading import LoadedModel
+
+COLUMNS = ("id", "user", "target", "item", "label", "prompt", "images")
+"""What is read of instruction rows; `target_row`, where there is one, tells targets of one item apart."""
+UNIT = 32
+"""Groups whose batches are formed together, and which one rank scores."""
+_NAMED = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt, as tokens.
+
+    Attributes:
+        row: Its place in the table.
+        id: Its name, for errors.
+        expanded: Its text with as many image tokens as the images take.
+        tokens: (tokens,) int64, what the model reads.
+        contents: (tokens,) int64, as `tokens`, but an image's tokens are a negative number that stands for
+            its content: equal only where the image is.
+        images: The keys of its images, in order.
+        image_ends: One past each image's last token, ascending.
+    """
+
+    row: int
+    id: str
+    expanded: str
+    tokens: np.ndarray
+    contents: np.ndarray
+    images: tuple[str, ...]
+    image_ends: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Prompts with the same beginning.
+
+    Attributes:
+        prompts: One or more.
+        shared: Tokens that they have in common; at least one less than the shortest prompt has.
+    """
+
+    prompts: tuple[Prompt, ...]
+    shared: int
+
+    @property
+    def tokens(self) -> int:
+        """What is computed: the common tokens once, and the rest of each prompt."""
+        return self.shared + sum(len(prompt.tokens) - self.shared for prompt in self.prompts)
+
+    def part(self, start: int, end: int) -> Group:
+        """Returns some of the prompts, with the same beginning."""
+        return replace(self, prompts=self.prompts[start:end])
+
+
+def group_rows(rows: pl.DataFrame) -> list[list[int]]:
+    """Returns the row numbers of each (user, target), groups in the order of their first rows.
+
+    Raises:
+        DataError: A column is missing.
+    """
+    import polars as pl
+
+    if missing := [name for name in COLUMNS if name not in rows.columns]:
+        raise DataError(
+            f"the table to score has no column {missing[0]!r}; expected rows of instructions, as "
+            "`recllm build instructions` writes them"
+        )
+    keys = [name for name in ("user", "target_row", "target") if name in rows.columns]
+    numbered = rows.select(keys).with_row_index("row")
+    return numbered.group_by(keys, maintain_order=True).agg(pl.col("row"))["row"].to_list()
+
+
+def units_of(groups: Sequence[Sequence[int]]) -> Iterator[list[list[int]]]:
+    """Yields `UNIT` groups at a time: what is batched together, whoever scores it and however often."""
+    for start in range(0, len(groups), UNIT):
+        yield [list(group) for group in groups[start : start + UNIT]]
+
+
+def image_sizes(rows: pl.DataFrame, folder: Path, workers: int = 2) -> dict[str, tuple[int, int]]:
+    """Returns the (width, height) of every image of the rows, by its relative path; only headers are read.
+
+    Raises:
+        DataError: Some cannot be read; they are named, with the first sample that shows each.
+    """
+    shown = rows.select("id", "images").explode("images", empty_as_null=True).drop_nulls("images")
+    first = shown.unique("images", keep="first", maintain_order=True)
+
+    def size_of(path: str) -> tuple[int, int] | ImageError:
+        try:
+            return image_size(resolve_image(folder, path))
+        except ImageError as error:
+            return error
+
+    found = dict(map_in_threads(size_of, first["images"].to_list(), workers))
+    if unreadable := [
+        f"sample {name!r}: {found[path]}"
+        for name, path in first.select("id", "images").iter_rows()
+        if isinstance(found[path], ImageError)
+    ]:
+        raise DataError(
+            f"{len(unreadable)} images cannot be read: {'; '.join(unreadable[:_NAMED])}. Mend the files, or "
+            "build the instructions again, which leaves unusable images out."
+        )
+    return found
+
+
+class PromptReader:
+    """Makes prompts of rows.
+
+    Args:
+        loaded: The model.
+        folder: The dataset folder, which image paths are relative to.
+        sizes: What `image_sizes` returned.
+        key_of: Returns an image file's key, equal for equal contents.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        folder: Path,
+        sizes: Mapping[str, tuple[int, int]],
+        key_of: Callable[[Path], str],
+    ) -> None:
+        self._loaded, self._folder, self._sizes, self._key_of = loaded, folder, sizes, key_of
+        self._known: dict[str, tuple[str, int]] = {}  # image path -> its key, and the number of its content
+        self._numbers: dict[str, int] = {}
+        self._slots: dict[tuple[int, int], str] = {}
+        self.paths: dict[str, Path] = {}
+        """A file of each image key met so far."""
+
+    def read(self, row: int, content: Mapping[str, Any]) -> Prompt:
+        """Returns the prompt of a row.
+
+        Raises:
+            DataError: A text forges special tokens, or the prompt is longer than the model's context.
+        """
+        loaded = self._loaded
+        images = content["images"]
+        request = Request(content["id"], messages_of(content), tuple(self._folder / path for path in images))
+        expanded = self._expand(render(loaded, request), images)
+        bos = loaded.tokenizer.bos_token
+        special = bos is None or not expanded.startswith(bos)  # as rendering does: the template wrote it
+        tokens = np.array(loaded.tokenizer(expanded, add_special_tokens=special).input_ids, np.int64)
+        if len(tokens) > loaded.max_positions:
+            raise DataError(
+                f"sample {request.id!r}: its prompt has {len(tokens):,} tokens, but the model takes "
+                f"{loaded.max_positions:,}; build the instructions with --max-prompt-tokens"
+            )
+        starts, ends = _runs(tokens == loaded.image_token_id)
+        if len(starts) != len(images):
+            raise RuntimeError(
+                f"sample {request.id!r}: {len(starts)} runs of image tokens for {len(images)} images"
+            )
+        contents = tokens.copy()
+        known = [self._image(path) for path in images]
+        for start, end, (_, number) in zip(starts, ends, known, strict=True):
+            contents[start:end] = -1 - number
+        return Prompt(row, request.id, expanded, tokens, contents, tuple(key for key, _ in known), ends)
+
+    def _expand(self, text: str, images: Sequence[str]) -> str:
+        """Does what `rendering.expand` does, which is asked once for each size."""
+        mark = self._loaded.processor.image_token
+        pieces = text.split(mark)
+        slots = [self._slot(self._sizes[path], mark) for path in images]
+        return "".join(chain.from_iterable(zip(pieces, [*slots, ""], strict=True)))
+
+    def _slot(self, size: tuple[int, int], mark: str) -> str:
+        if size not in self._slots:
+            self._slots[size] = expand(self._loaded, mark, [size])
+        return self._slots[size]
+
+    def _image(self, path: str) -> tuple[str, int]:
+        if path not in self._known:
+            file = resolve_image(self._folder, path)
+            key = self._key_of(file)
+            self.paths.setdefault(key, file)
+            self._known[path] = key, self._numbers.setdefault(key, len(self._numbers))
+        return self._known[path]
+
+
+def messages_of(content: Mapping[str, Any]) -> tuple[Message, ...]:
+    """Returns the chat of a row that was read from disk, where text parts and image parts have one form."""
+    return tuple(
+        {
+            "role": turn["role"],
+            "content": [
+                dict(IMAGE_PART) if part["type"] == "image" else text_part(part["text"])
+                for part in turn["content"]
+            ],
+        }
+        for turn in content["prompt"]
+    )
+
+
+def share(prompts: Sequence[Prompt]) -> Group:
+    """Returns a group with the longest beginning that all prompts have in common.
+
+    An image's tokens are equal where the image is; each prompt keeps a token of its own.
+    """
+    first = prompts[0].contents
+    shared = min(len(prompt.tokens) for prompt in prompts) - 1
+    for prompt in prompts[1:]:
+        different = np.flatnonzero(first[:shared] != prompt.contents[:shared])
+        if len(different):
+            shared = int(different[0])
+    while shared and first[shared] < 0 and first[shared] == first[shared - 1]:
+        shared -= 1  # an image is not cut in two
+    return Group(tuple(prompts), shared)
+
+
+def plan(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+    """Returns batches of at most `budget` tokens; a group that is larger is split, its beginning repeated.
+
+    A prompt that alone is over the budget is a batch of its own.
+    """
+    batches: list[list[Group]] = []
+    held, room = [], budget
+    for whole in groups:
+        for group in _split(whole, budget):
+            if held and group.tokens > room:
+                batches.append(held)
+                held, room = [], budget
+            held.append(group)
+            room -= group.tokens
+    return [*batches, held] if held else batches
+
+
+def plan_padded(groups: Sequence[Group], budget: int) -> list[list[Group]]:
+    """Returns batches of whole prompts of similar length, for rows padded to the longest of each."""
+    alone = [Group((prompt,), 0) for group in groups for prompt in group.prompts]
+    waiting = sorted(alone, key=lambda group: (-group.tokens, group.prompts[0].row))
+    batches = []
+    while waiting:
+        count = max(1, budget // waiting[0].tokens)
+        batches.append(waiting[:count])
+        waiting = waiting[count:]
+    return batches
+
+
+def halves(batch: list[Group]) -> list[list[Group]]:
+    """Returns a batch as two: groups apart, or one group's prompts; one prompt alone stays what it is."""
+    if len(batch) > 1:
+        middle = len(batch) // 2
+        return [batch[:middle], batch[middle:]]
+    group = batch[0]
+    middle = len(group.prompts) // 2
+    return [[group.part(0, middle)], [group.part(middle, len(group.prompts))]] if middle else [batch]
+
+
+def _split(group: Group, budget: int) -> Iterator[Group]:
+    start, tokens = 0, group.shared
+    for place, prompt in enumerate(group.prompts):
+        own = len(prompt.tokens) - group.shared
+        if place > start and tokens + own > budget:
+            yield group.part(start, place)
+            start, tokens = place, group.shared
+        tokens += own
+    yield group.part(start, len(group.prompts))
+
+
+def _runs(marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], marked.view(np.int8), [0]])))
+    return edges[::2], edges[1::2]

@@ -1,0 +1,76 @@
+"""A table of instruction rows in, the same rows with scores out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+from tqdm import tqdm
+
+from recllm.mllm.ranks import rank
+from recllm.mllm.scoring.prompts import COLUMNS, Prompt, PromptReader, group_rows, image_sizes, units_of
+
+if TYPE_CHECKING:
+    from recllm.mllm.scoring.scorer import YesNoScorer
+
+
+def score_table(
+    scorer: YesNoScorer, rows: pl.DataFrame, folder: Path, progress: bool = False
+) -> pl.DataFrame:
+    """Scores rows of instructions; what the rows of one user and target share is computed once.
+
+    Args:
+        scorer: The scorer; the model's weights are read as they are now.
+        rows: As in `instructions/<name>/<part>.parquet`, in any order.
+        folder: The dataset folder, which image paths are relative to.
+        progress: Show a bar where there is a terminal, on rank 0.
+
+    Returns:
+        In the order of `rows`: id, user, target, item, label, margin, probability, outside (the probability
+        mass of neither yes nor no); the last three in float32.
+
+    Raises:
+        DataError: A column is missing, an image cannot be read, a prompt is too long, or a text forges
+            special tokens; the sample is named.
+    """
+    folder = Path(folder)
+    groups = group_rows(rows)
+    sizes = image_sizes(rows, folder)
+    margin, outside = np.empty(rows.height, np.float32), np.empty(rows.height, np.float32)
+    with (
+        scorer.session() as session,
+        tqdm(
+            desc="scoring",
+            total=rows.height,
+            unit="row",
+            disable=None if progress and rank() == 0 else True,
+            leave=False,
+        ) as bar,
+    ):
+        reader = PromptReader(scorer.loaded, folder, sizes, session.key_of)
+        units = [unit_reader(reader, rows, unit) for unit in units_of(groups)]
+        for scored in session.score(units, reader.paths):
+            margin[scored.rows], outside[scored.rows] = scored.margin, scored.outside
+            bar.update(len(scored.rows))
+    return rows.select("id", "user", "target", "item", "label").with_columns(
+        margin=margin, probability=scorer.probability(margin, outside), outside=outside
+    )
+
+
+def unit_reader(
+    reader: PromptReader, rows: pl.DataFrame, unit: list[list[int]]
+) -> Callable[[], list[list[Prompt]]]:
+    """Returns what reads the prompts of some groups of row numbers, when it is called."""
+    return partial(_read, reader, rows, unit)
+
+
+def _read(reader: PromptReader, rows: pl.DataFrame, unit: list[list[int]]) -> list[list[Prompt]]:
+    prompts = []
+    for group in unit:
+        contents = rows[group].select(COLUMNS).to_dicts()
+        prompts.append([reader.read(row, content) for row, content in zip(group, contents, strict=True)])
+    return prompts

@@ -1,0 +1,108 @@
+"""Answer forms, and the output layer read at one position."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from recllm.errors import DataError
+from recllm.mllm import load
+from recllm.mllm.scoring.answers import AnswerHead, Answers, check_head, paper_score
+from tests.mllm.small_models import save_small
+
+
+@pytest.fixture
+def small(tmp_path):
+    return load(save_small("qwen2_vl", tmp_path / "model", seed=3))
+
+
+def test_default_forms_are_the_first_tokens_of_the_completions(tiny_path):
+    loaded = load(tiny_path)
+    found = Answers.find(loaded)
+    written = [loaded.tokenizer.decode([token]) for token in (*found.yes, *found.no)]
+    assert written == ["Yes", "No"]
+    several = Answers.find(loaded, yes=("Yes", "yes", " Yes"), no=("No", "no"))
+    assert [loaded.tokenizer.decode([token]) for token in several.yes] == ["Yes", "yes", " Yes"]
+    assert len({*several.yes, *several.no}) == 5
+
+
+def test_forms_that_are_not_one_token_or_stand_on_both_sides_are_refused(small):
+    with pytest.raises(DataError, match=r"--no 'Nope nope' is \d+ tokens"):
+        Answers.find(small, yes=("y",), no=("Nope nope",))
+    with pytest.raises(DataError, match="'y' would count as yes and as no"):
+        Answers.find(small, yes=("n", "y"), no=("y",))
+    with pytest.raises(DataError, match="same token as a form before"):
+        Answers.find(small, yes=("y", "y"), no=("n",))
+
+
+def expected_of(model, hidden, answers):
+    logits = model.get_output_embeddings()(hidden).float()
+    margin = logits[:, answers.yes].logsumexp(1) - logits[:, answers.no].logsumexp(1)
+    return margin, 1 - logits.softmax(1)[:, [*answers.yes, *answers.no]].sum(1)
+
+
+@pytest.mark.parametrize("kind", ["plain", "lora", "saved", "disabled", "merged", "tied"])
+def test_the_output_layer_is_read_as_it_acts(small, kind, monkeypatch):
+    monkeypatch.setattr("recllm.mllm.scoring.answers._NORMALIZER_BYTES", 4 * 32 * 50)  # 50 rows at a time
+    model, answers = small.model, Answers((5, 9), (7,))
+    if kind == "tied":
+        model.lm_head.weight = model.get_input_embeddings().weight
+    elif kind != "plain":
+        where = {"modules_to_save": ["lm_head"]} if kind == "saved" else {}
+        targets = ["q_proj"] if kind == "saved" else ["lm_head", "q_proj"]
+        wrapped = get_peft_model(
+            model, LoraConfig(r=3, target_modules=targets, init_lora_weights=False, **where)
+        ).eval()
+        model = wrapped.get_base_model()
+        if kind == "saved":
+            with torch.no_grad():
+                model.lm_head.modules_to_save["default"].weight.add_(0.3)
+        if kind == "disabled":
+            wrapped.base_model.disable_adapter_layers()
+        if kind == "merged":
+            wrapped.merge_adapter()
+    hidden = torch.randn(6, 32)
+    with torch.no_grad(), AnswerHead.read(model) as head:
+        margin, outside = head.margins(hidden, answers)
+        expected = expected_of(model, hidden, answers)
+    torch.testing.assert_close(margin, expected[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(outside, expected[1], atol=1e-5, rtol=1e-5)
+
+
+def test_margins_are_float32_also_where_bfloat16_logits_tie(small):
+    model = small.model.to(torch.bfloat16)
+    with torch.no_grad():
+        model.lm_head.weight[5] = 1
+        model.lm_head.weight[7] = 1
+        model.lm_head.weight[5, 0] = 1.0078125  # the next bfloat16
+    hidden = torch.full((1, 32), 3.0, dtype=torch.bfloat16)
+    logits = model.lm_head(hidden)[0]
+    assert logits[5] == logits[7]
+    with torch.no_grad(), AnswerHead.read(model) as head:
+        margin, _ = head.margins(hidden, Answers((5,), (7,)))
+    assert margin.item() == pytest.approx(3 * 0.0078125, rel=1e-4)
+
+
+def test_output_layers_that_cannot_be_read_are_refused(small):
+    quantized = torch.nn.Linear(32, 8)
+    quantized.weight = torch.nn.Parameter(torch.zeros(8, 16, dtype=torch.uint8), requires_grad=False)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    model = SimpleNamespace(config=config, get_output_embeddings=lambda: quantized)
+    with pytest.raises(DataError, match=r"lm_head is a Linear of torch\.uint8"):
+        check_head(model)
+    capped = SimpleNamespace(get_text_config=lambda: SimpleNamespace(final_logit_softcapping=30.0))
+    with pytest.raises(DataError, match="final_logit_softcapping"):
+        check_head(SimpleNamespace(config=capped))
+    dora = get_peft_model(small.model, LoraConfig(r=2, target_modules=["lm_head"], use_dora=True))
+    with pytest.raises(DataError, match="not a plain one"):
+        check_head(dora.get_base_model())
+
+
+def test_the_printed_equation_is_a_softmax_of_probabilities():
+    yes, no = torch.tensor([0.7, 0.2, 0.45]), torch.tensor([0.1, 0.8, 0.45])
+    found = paper_score(torch.log(yes / no), 1 - yes - no)
+    expected = torch.stack([yes, no]).softmax(0)[0]
+    torch.testing.assert_close(found, expected)
