@@ -25,6 +25,7 @@ from recllm.files import read_json
 from recllm.mllm.chat import IMAGE_PART, Request, message
 from recllm.mllm.images import resolve_image
 from recllm.mllm.token_budget import BudgetError
+from recllm.retrieval.top_k import TopK
 
 _MESSAGES = pl.List(
     pl.Struct({"role": pl.String, "content": pl.List(pl.Struct({"type": pl.String, "text": pl.String}))})
@@ -54,10 +55,14 @@ class InstructionBuilder:
         sampler: Draws negatives where no candidates are given.
         preferences: The summaries made for this part; None to go without.
         length: Counts the tokens of a prompt; None where there is no bound.
+        top: A first stage's lists, where they take the place of positives and negatives.
 
     Attributes:
         counts: What was made and what was left out, for the manifest; complete after `rows` has ended.
         protocol: The split's protocol, with the candidates' part where a file of them is used.
+
+    Raises:
+        DataError: The candidates or the first stage's lists are not those of this split and part.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class InstructionBuilder:
         sampler: TrainingNegatives,
         preferences: Preferences | None,
         length: PromptLength | None,
+        top: TopK | None = None,
     ) -> None:
         self.split, self.part, self.options = split, part, options
         self.composer, self.sampler = composer, sampler
@@ -81,10 +87,14 @@ class InstructionBuilder:
         self._candidates = None
         if options.candidates is not None and part != "train":
             self._candidates, self.protocol = read_candidates(split, options.candidates, part)
+        self._listed = None
+        if top is not None:
+            self._listed, self.protocol = top.lists_for(split, part), top.reranked_protocol  # type: ignore[arg-type]
         self.counts: Counter[str] = Counter()
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows, user by user, targets in order of time, each positive before its negatives."""
+        """Yields the rows, user by user, targets in order of time, each positive before its negatives, or
+        its first stage's list in the list's order."""
         for user in islice(self.histories.users(), self.options.limit):
             self.counts["users"] += 1
             targets = self.histories.targets(user)
@@ -92,9 +102,7 @@ class InstructionBuilder:
                 np.concatenate([self.histories.history(user).items, [target.item for target in targets]])
             )
             for target in self._chosen(user, targets):
-                yield from self._rows_of(
-                    user, target, [target.item, *self._others(user, target, known_items)]
-                )
+                yield from self._rows_of(user, target, self._items(user, target, known_items))
 
     def _chosen(self, user: int, targets: list[Target]) -> list[Target]:
         if self.part != "train":
@@ -106,6 +114,14 @@ class InstructionBuilder:
             targets = [target for target in targets if target.known in ends]
             self.counts["users_without_summary"] += not targets
         return targets[-self.options.targets_per_user :] if self.options.targets_per_user else targets
+
+    def _items(self, user: int, target: Target, known_items: np.ndarray) -> list[int]:
+        """What a target's rows ask about: it and its negatives, or what a first stage has listed."""
+        if self._listed is None:
+            return [target.item, *self._others(user, target, known_items)]
+        listed = self._listed[self._user_ids[user], self._item_ids[target.item]]
+        self.counts["targets_not_listed"] += target.item not in listed
+        return listed
 
     def _others(self, user: int, target: Target, known_items: np.ndarray) -> list[int]:
         """The negatives of a target. Those of one held-out part's targets are no negatives of each other;

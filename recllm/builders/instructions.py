@@ -39,6 +39,7 @@ from recllm.errors import DataError
 from recllm.files import staged_folder, write_json
 from recllm.prompts import TEMPLATES
 from recllm.prompts.templates import Template, load_templates
+from recllm.retrieval.top_k import TopK
 from recllm.runs import describe_run
 
 _SHOWN = 2  # rows that a dry run prints
@@ -51,6 +52,7 @@ _TOLD = (
     "rows_without_viu_and_imsg",
     "negatives_missing",
     "history_items_left_out",
+    "targets_not_listed",
 )
 
 
@@ -73,8 +75,9 @@ def build_instructions(options: InstructionOptions) -> None:
     templates = load_templates(TEMPLATES, options.templates)
     composer, images, sources = _composer(dataset, options, templates, preferences, length)
     sampler = TrainingNegatives(split, options.negative_sampling, options.seed)
+    top = TopK.read(options.top_k) if options.top_k is not None else None
     builders = [
-        InstructionBuilder(split, part, options, composer, sampler, preferences[part], length)
+        InstructionBuilder(split, part, options, composer, sampler, preferences[part], length, top)
         for part in options.parts
     ]
     if options.dry_run:
@@ -91,6 +94,7 @@ def build_instructions(options: InstructionOptions) -> None:
             "settings": settings_of(options),
             "templates": {each.name: describe_template(each) for each in composer.templates},
             "texts": sources,
+            "top_k": None if top is None else {"system": top.system, "k": top.k, **describe_file(top.path)},
             "unusable_images": dict(islice(images.unusable.items(), _NAMED)),
             "unusable_images_count": len(images.unusable),
             "counts": {builder.part: dict(sorted(builder.counts.items())) for builder in builders},
@@ -124,11 +128,16 @@ def _check(options: InstructionOptions) -> None:
         raise DataError("--max-prompt-tokens needs --processor, the model whose tokens are meant")
     if options.candidates is not None and set(options.parts) == {"train"}:
         raise DataError("--candidates are for the valid and test parts; training negatives are sampled")
+    if options.top_k is not None and options.parts not in (("valid",), ("test",)):
+        raise DataError("--top-k has the lists of one part; name it alone, by --parts valid or --parts test")
+    if options.top_k is not None and options.candidates is not None:
+        raise DataError("--top-k and --candidates both say which items to ask about; give one of them")
 
 
 def _folder_name(options: InstructionOptions) -> str:
     held_out = "" if "train" in options.parts else "-" + "-".join(options.parts)
-    return options.name or f"{options.split}-{options.form}{held_out}"
+    first_stage = f"-top-{options.top_k.stem}" if options.top_k is not None else ""
+    return options.name or f"{options.split}-{options.form}{held_out}{first_stage}"
 
 
 def _check_other_parts(folder: Path, options: InstructionOptions) -> None:
@@ -213,5 +222,5 @@ def _preview(builder: InstructionBuilder) -> None:
 
 def settings_of(options: InstructionOptions) -> dict[str, Any]:
     """Returns the options that decide the rows, for the manifest."""
-    left_out = ("dataset", "name", "overwrite", "dry_run", "templates")
+    left_out = ("dataset", "name", "overwrite", "dry_run", "templates", "top_k")
     return {key: value for key, value in asdict(options).items() if key not in left_out}

@@ -178,6 +178,9 @@ class InstructionOptions:
     time. Never an item that the user touched in training, be it later; what is held out is not looked at."""
     candidates: str | None = None
     """For valid and test: name of the split's candidates; each is a row, instead of sampled negatives."""
+    top_k: Path | None = None
+    """A first stage's lists for the part (topk/<system>.parquet, of `recllm score ... --top-k`): one row for
+    each listed item, and none for a target that its list lacks. --parts must name that part alone."""
     targets_per_user: int = 1
     """Training positives a user, the latest; 0 for all. With preference texts, only those after a window."""
     processor: str | None = None

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import polars as pl
 from tyro.conf import Positional, arg
 
 from recllm.data.candidates import Mask, full_ranking
 from recllm.data.splits import Split
-from recllm.errors import DataError
 from recllm.evaluation import rank_catalog
 from recllm.files import write_file
 from recllm.rankers.popularity import Popularity
+from recllm.retrieval.score_files import check_absent, check_top_k, read_lists, tell_stage
+from recllm.retrieval.top_k import write_stage
 
 
 @dataclass
@@ -30,10 +30,13 @@ class PopularityOptions:
     """Which targets to rank."""
     mask: Mask = "seen"
     """For full ranking, what is no candidate: seen (training, validation at test time), train, none."""
+    top_k: int = 0
+    """For full ranking: also write each target's best so many items to topk/popularity.parquet, for a second
+    stage; 0 for none."""
     out: Path = Path()
     """Folder for scores/popularity.parquet or ranks/popularity.parquet."""
     overwrite: bool = False
-    """Replace that file where it exists."""
+    """Replace the files where they exist."""
 
 
 def popularity(options: PopularityOptions) -> Path:
@@ -41,23 +44,25 @@ def popularity(options: PopularityOptions) -> Path:
     split = Split.open(options.split)
     name = "popularity" if options.part == "test" else f"popularity-{options.part}"
     full = options.candidates == "full"
+    check_top_k(options.top_k, full=full)
     path = options.out / ("ranks" if full else "scores") / f"{name}.parquet"
-    if path.exists() and not options.overwrite:
-        raise DataError(f"{path} exists already; give another --out, or --overwrite to replace it")
+    lists = options.out / "topk" / f"{name}.parquet"
+    check_absent(path, *([lists] if options.top_k else []), overwrite=options.overwrite)
     model = Popularity(split)
     if full:
         ranking = full_ranking(split, options.part, mask=options.mask)
-        rank_catalog(ranking, model.score_lists, system="popularity").save(path)
-        print(f"{path}: rank records; next: recllm eval ranks {path}")
+        if options.top_k:
+            write_stage(
+                ranking, model.score_lists, options.top_k, system="popularity", ranks=path, lists=lists
+            )
+            tell_stage(path, lists)
+        else:
+            rank_catalog(ranking, model.score_lists, system="popularity").save(path)
+            print(f"{path}: rank records; next: recllm eval ranks {path}")
         return path
-    file = split.folder / "candidates" / options.candidates / f"{options.part}.parquet"
-    if not file.exists():
-        held = sorted(folder.name for folder in split.folder.glob("candidates/*") if folder.is_dir())
-        known = ", ".join(held) or "none yet; make them with `recllm data candidates`"
-        raise DataError(f"{file} does not exist; candidates of {split.folder}: {known}")
-    scores = model.score(pl.read_parquet(file, glob=False))
-    protocol = pl.read_parquet_metadata(file)["recllm.protocol"]
-    metadata = {"recllm.protocol": protocol, "recllm.system": "popularity"}
+    candidates = read_lists(split, options.candidates, options.part)
+    scores = model.score(candidates.frame)
+    metadata = {"recllm.protocol": candidates.protocol, "recllm.system": "popularity"}
     write_file(path, lambda temporary: scores.write_parquet(temporary, metadata=metadata))
-    print(f"{path}: scores; next: recllm eval ranks {path} --candidates {file}")
+    print(f"{path}: scores; next: recllm eval ranks {path} --candidates {candidates.path}")
     return path
