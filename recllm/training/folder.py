@@ -1,0 +1,240 @@
+"""A run's folder: opened, resumed or replaced at the start, and made complete at the end."""
+
+from __future__ import annotations
+
+import fcntl
+import shutil
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from recllm.errors import BusyError, DataError
+from recllm.files import read_json, write_file, write_json
+from recllm.mllm.ranks import rank, sum_over_ranks, world_size
+from recllm.runs import describe_run
+from recllm.training.checkpoints import complete_checkpoints, is_complete, step_of
+from recllm.training.journal import read_log
+from recllm.training.options import SFTOptions
+
+if TYPE_CHECKING:
+    from recllm.training.sft import TrainableModel, TrainingData
+    from recllm.training.trainer import RecSFTTrainer
+
+MANIFEST = "manifest.json"
+KIND = "sft run"
+LOCK = ".lock"
+_KEPT = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of the best checkpoint
+_OF_TRAINING = ("trainer_state.json", "complete.json")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run is kept.
+
+    Attributes:
+        path: The folder.
+        instructions: The folder of the training rows.
+        valid_instructions: The folder of the validation lists.
+        checkpoint: The complete checkpoint that it goes on from; None where it begins.
+        finished: Nothing is left to do.
+        lock: Held while this process trains in the folder; rank 0's alone.
+    """
+
+    path: Path
+    instructions: Path
+    valid_instructions: Path
+    checkpoint: Path | None = None
+    finished: bool = False
+    lock: BinaryIO | None = None
+
+    def release(self) -> None:
+        """Lets other processes have the folder; the end of this process does so as well."""
+        if self.lock is not None:
+            self.lock.close()
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def step(self) -> int:
+        """The step that it goes on from."""
+        return 0 if self.checkpoint is None else step_of(self.checkpoint)
+
+
+def open_run(options: SFTOptions) -> RunFolder:
+    """Makes the run's folder, or finds the checkpoint in it to go on from.
+
+    Raises:
+        DataError: The folder is there and neither --resume nor --overwrite was given, it is no run's, or its
+            run had other settings; there are no instructions.
+    """
+    if options.instructions is None:
+        raise DataError("--instructions is missing: give a folder made by `recllm build instructions`")
+    _check_reports(options)
+    instructions = Path(options.instructions)
+    path = options.out or Path("runs") / f"{Path(options.model).name}-{options.method}-{instructions.name}"
+    run = RunFolder(Path(path), instructions, options.valid_instructions or instructions)
+    if _begun(run.path) and not options.overwrite:
+        run = _resumed(options, run)
+    sum_over_ranks([0])  # all ranks have looked before rank 0 changes anything
+    if rank() == 0 and run.finished:
+        print(f"{run.path} is finished; --overwrite trains it again")
+    elif rank() == 0:
+        run = replace(run, lock=_locked(run.path))
+        if run.checkpoint is None:
+            _empty(run.path)
+            run.checkpoints.mkdir()
+            write_json(run.path / MANIFEST, _manifest(options, "training"))
+        else:
+            print(f"going on from {run.checkpoint}", flush=True)
+    sum_over_ranks([0])
+    return run
+
+
+def keep_run(
+    options: SFTOptions,
+    run: RunFolder,
+    trainer: RecSFTTrainer,
+    model: TrainableModel,
+    data: TrainingData,
+) -> None:
+    """Puts the best step's weights, metrics, curves and card into the run's folder; the manifest last.
+
+    Raises:
+        DataError: The upload failed, where one was asked for; the folder is complete then.
+    """
+    probes = data.validation.probes(trainer.model)
+    if rank() == 0:
+        best = run.checkpoints / f"checkpoint-{trainer.state.best_global_step}"
+        for path in sorted({path for pattern in _KEPT for path in best.glob(pattern)}):
+            if path.name not in _OF_TRAINING:
+                write_file(
+                    run.path / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary)
+                )
+        write_file(run.path / "probes.parquet", probes.write_parquet)
+        write_json(run.path / "metrics.json", _metrics(run, trainer))
+        train, valid = data.parts
+        write_json(
+            run.path / MANIFEST,
+            {
+                **_manifest(options, "finished"),
+                "model": model.loaded.identity,
+                "instructions": {
+                    "train": {"path": str(train.path), **train.description},
+                    "valid": {"path": str(valid.path), **valid.description},
+                    "dataset": str(train.dataset),
+                    "data_hash": train.manifest.get("data_hash"),
+                    "split_hash": train.manifest.get("split_hash"),
+                    "protocol": valid.manifest.get("protocols", {}).get("valid"),
+                },
+                "parts": [list(astuple(each)) for each in model.counts],
+                "ranks": world_size(),
+            },
+        )
+        _draw_and_describe(run.path)
+        shutil.rmtree(run.path / "rows", ignore_errors=True)
+        if options.push_to_hub is not None:
+            from recllm.training.hub import push_folder
+
+            push_folder(run.path, options.push_to_hub)
+        run.release()
+    sum_over_ranks([0])
+
+
+def _draw_and_describe(path: Path) -> None:
+    from recllm.training.card import write_card
+    from recllm.training.curves import draw_curves
+
+    draw_curves(path)
+    write_card(path)
+
+
+def _begun(path: Path) -> bool:
+    """Returns whether there is a run in the folder with something to lose.
+
+    Raises:
+        DataError: Something else is there.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return False
+    if not (path / MANIFEST).is_file() or read_json(path / MANIFEST, "a run").get("kind") != KIND:
+        raise DataError(f"{path} is there and is no run of this recipe; give another --out")
+    finished = read_json(path / MANIFEST, "a run")["status"] == "finished"
+    return finished or bool(complete_checkpoints(path / "checkpoints"))
+
+
+def _locked(path: Path) -> BinaryIO:
+    path.mkdir(parents=True, exist_ok=True)
+    lock = (path / LOCK).open("wb")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise BusyError(f"{path}: another process trains in it; wait for it, or end it first") from None
+    return lock
+
+
+def _empty(path: Path) -> None:
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name == MANIFEST):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+
+
+def _check_reports(options: SFTOptions) -> None:
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    for name in options.report_to:
+        if name not in get_available_reporting_integrations():
+            raise DataError(f"--report-to {name}: its package is not installed; pip install {name}")
+
+
+def _resumed(options: SFTOptions, run: RunFolder) -> RunFolder:
+    """Returns where the run in the folder goes on."""
+    if options.resume == "none":
+        raise DataError(
+            f"{run.path} exists already; give --resume auto to go on with it, --overwrite to replace it, or "
+            "another --out"
+        )
+    manifest = read_json(run.path / MANIFEST, "a run")
+    if differences := options.differences(manifest["settings"]):
+        raise DataError(
+            f"{run.path} was begun with other settings ({'; '.join(differences)}); resume it with its own, "
+            "or give another --out"
+        )
+    if manifest["status"] == "finished":
+        return replace(run, finished=True)
+    if options.resume == "auto":
+        checkpoint = (complete_checkpoints(run.checkpoints) or [None])[-1]
+    else:
+        checkpoint = Path(options.resume)
+        step_of(checkpoint)
+        if not is_complete(checkpoint):
+            raise DataError(
+                f"--resume {checkpoint}: not a complete checkpoint; --resume auto takes the latest"
+            )
+    return replace(run, checkpoint=checkpoint)
+
+
+def _manifest(options: SFTOptions, status: str) -> dict[str, Any]:
+    return {"kind": KIND, "status": status, "settings": options.as_json(), "run": describe_run()}
+
+
+def _metrics(run: RunFolder, trainer: RecSFTTrainer) -> dict[str, Any]:
+    lines = read_log(run.path / "log.jsonl")
+    best = trainer.state.best_global_step
+    valid = next(line for line in lines if line["step"] == best and "valid_auc" in line)
+    losses = [line for line in lines if "loss" in line]
+    return {
+        "best_step": best,
+        "valid": {name[6:]: value for name, value in valid.items() if name.startswith("valid_")},
+        "train": {
+            "steps": trainer.state.global_step,
+            "epochs": trainer.state.epoch,
+            "loss": losses[-1]["loss"] if losses else None,
+            "first_loss": losses[0]["loss"] if losses else None,
+        },
+    }

@@ -1,0 +1,146 @@
+"""Instruction rows as the dataset that TRL's trainer takes: in tokens, once, kept beside the run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from tqdm import tqdm
+
+from recllm.data.dataset import describe_file
+from recllm.errors import DataError
+from recllm.files import read_json, write_file
+from recllm.mllm.ranks import rank
+from recllm.training.conversations import encode_conversation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from recllm.mllm.loading import LoadedModel
+
+_BLOCK = 1024
+_COLUMNS = ("id", "prompt", "completion", "images")
+
+
+@dataclass(frozen=True)
+class InstructionPart:
+    """One part of instruction rows on disk.
+
+    Attributes:
+        path: The parquet file.
+        dataset: The dataset folder, which image paths are relative to.
+        description: Size and hash of the file, as in its manifest.
+        manifest: The folder's manifest.
+    """
+
+    path: Path
+    dataset: Path
+    description: dict[str, Any]
+    manifest: dict[str, Any]
+
+
+def open_part(instructions: Path, part: str) -> InstructionPart:
+    """Opens a part of `DATASET/instructions/NAME`; reads the manifest and this part's file alone.
+
+    Raises:
+        DataError: There is none, or it is not the file that the manifest describes.
+    """
+    folder = Path(instructions)
+    manifest = read_json(folder / "manifest.json", "instructions (made by `recllm build instructions`)")
+    path = folder / f"{part}.parquet"
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; build the instructions with --parts train valid")
+    description = describe_file(path)
+    if description != manifest.get("files", {}).get(path.name):
+        raise DataError(f"{path} is not the file that manifest.json describes; build the instructions again")
+    return InstructionPart(path, folder.resolve().parent.parent, description, manifest)
+
+
+def training_rows(
+    loaded: LoadedModel, part: InstructionPart, cache: Path, *, limit: int | None = None
+) -> Dataset:
+    """Returns the rows in tokens, as a memory-mapped dataset in the order of the file.
+
+    Rank 0 writes them to `cache`, under a name that holds what decides them; other ranks and later runs read.
+    Call it on rank 0 first (`accelerate`'s `main_process_first`).
+
+    Args:
+        loaded: The model whose template, tokenizer and pixel budget are used.
+        part: The part.
+        cache: Folder for the tokens.
+        limit: Take the first so many rows.
+
+    Returns:
+        Columns id, input_ids, start and end (of the completion), images (files), length.
+
+    Raises:
+        DataError: As `recllm.training.conversations.encode_conversation`; or there are no rows.
+    """
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    path = cache / f"{_fingerprint(loaded, part, limit)}.arrow"
+    if not path.exists():
+        table = pl.read_parquet(part.path, glob=False, columns=list(_COLUMNS), n_rows=limit)
+        if table.is_empty():
+            raise DataError(f"{part.path} has no rows to train on")
+        write_file(path, lambda temporary: _write_tokens(temporary, loaded, table, part.dataset))
+    return Dataset.from_file(str(path))
+
+
+def _write_tokens(path: Path, loaded: LoadedModel, table: pl.DataFrame, folder: Path) -> None:
+    import pyarrow as pa
+
+    schema = pa.schema(
+        {
+            "id": pa.string(),
+            "input_ids": pa.list_(pa.int32()),
+            "start": pa.int32(),
+            "end": pa.int32(),
+            "images": pa.list_(pa.string()),
+            "length": pa.int32(),
+        }
+    )
+    with (
+        pa.ipc.new_stream(path, schema) as writer,
+        tqdm(total=len(table), desc="tokens", unit="row", disable=None if rank() == 0 else True) as bar,
+    ):
+        for block in table.iter_slices(_BLOCK):
+            rows = []
+            for row in block.iter_rows(named=True):
+                each = encode_conversation(loaded, row, folder)
+                rows.append(
+                    {
+                        "id": each.id,
+                        "input_ids": each.tokens,
+                        "start": each.start,
+                        "end": each.end,
+                        "images": [str(image) for image in each.images],
+                        "length": len(each.tokens),
+                    }
+                )
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+            bar.update(len(rows))
+
+
+def _fingerprint(loaded: LoadedModel, part: InstructionPart, limit: int | None) -> str:
+    """Returns a hash of what decides the tokens: rows, template, tokenizer, pixel budget, folder."""
+    digest = hashlib.sha256()
+    content = {
+        "file": part.description,
+        "folder": str(part.dataset),
+        "template": loaded.processor.chat_template,
+        "images": json.loads(loaded.processor.image_processor.to_json_string()),
+        "positions": loaded.max_positions,
+        "limit": limit,
+    }
+    digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    with contextlib.suppress(AttributeError):  # a tokenizer without the fast library has no such text
+        digest.update(loaded.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps(sorted(loaded.tokenizer.get_vocab().items())).encode())
+    return digest.hexdigest()[:16]
