@@ -151,6 +151,51 @@ def saved() -> str:
     return table(rows) + f"\nAn image of that benchmark takes {size} in the visual store.\n"
 
 
+def scoring() -> str:
+    """The shared-prefix scorer against whole prompts."""
+    measured = results("scoring")
+    rows = [["history", "candidates", "over whole prompts, batched", "over one by one", "ratio of tokens"]]
+    for line in [measured["figures"], *measured["grid"]]:
+        ratios = (f"{line['ratio'][name]:.1f}" for name in ("batched", "one by one"))
+        rows.append([f"{line['history']:,}", f"{line['candidates']}", *ratios, f"{line['bound']:.1f}"])
+    return table(rows)
+
+
+def sft() -> str:
+    """A step of fine-tuning against TRL's trainer."""
+    names = {"embedded": "the embedded model", "wide": "a vocabulary of {vocabulary:,}"}
+    rows = [["a step of LoRA", "", "time", "TRL's time / its own", "peak memory", "TRL's / its own"]]
+    for name, line in results("sft")["figures"].items():
+        what = (
+            f"{names[name].format(**line)}, {line['setting']['batch']} rows of {line['tokens_per_row']:,.0f}"
+        )
+        for way in line["ways"]:
+            who = way["way"] + (", gradient checkpointing" if way["checkpointing"] else "")
+            time = f"{way['seconds']:.2f} s", f"{way['time_ratio']:.2f}"
+            memory = f"{way['peak_mib']:,.0f} MiB", f"{way['memory_ratio']:.2f}"
+            rows.append([f"{what} tokens", who, *time, *memory])
+    return table(rows)
+
+
+def gpu() -> str:
+    """Scoring and fine-tuning on a GPU."""
+    measured = results("gpu")
+    scored = [["scoring", "", "users a second", "ours / its own", "share of peak FLOP/s", "peak memory"]]
+    trained = [["a step of fine-tuning", "", "tokens a second", "share of peak FLOP/s", "peak memory"]]
+    for model, figures in measured["figures"].items():
+        for name, line in figures["scoring"]["ways"].items():
+            rates = f"{line['users_per_second']:.2f}", f"{line['time_ratio']:.1f}"
+            scored.append([f"`{model}`", name, *rates, *_of_device(line)])
+        for name, line in figures["sft"].items():
+            trained.append([f"`{model}`", name, f"{line['tokens_per_second']:,.0f}", *_of_device(line)])
+    return f"Device: {measured['device']}.\n\n" + table(scored) + "\n" + table(trained)
+
+
+def _of_device(line: dict[str, Any]) -> tuple[str, str]:
+    share = line["share_of_peak"]
+    return "unknown" if share is None else f"{share:.0%}", f"{line['peak_mib'] / 1024:.1f} GiB"
+
+
 def table(rows: list[list[str]]) -> str:
     """A Markdown table; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]

@@ -13,6 +13,12 @@ from recllm.config import run_command
 
 # The words of a command -> (module with the options and the function, options class, function, what it does).
 COMMANDS: dict[str, tuple[str, str, str, str]] = {
+    "quickstart": (
+        "recllm.quickstart",
+        "QuickstartOptions",
+        "quickstart",
+        "the main job on the toy world, in minutes: start here",
+    ),
     "data import table": (
         "recllm.data.commands",
         "Table",
@@ -82,6 +88,19 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
     ),
     "prompts ls": ("recllm.builders.commands", "ListOptions", "prompts_ls", "show the prompt templates"),
     "prompts cp": ("recllm.builders.commands", "CopyOptions", "prompts_cp", "write them as files to change"),
+    "recipes ls": (
+        "recllm.recipe_files",
+        "RecipesListOptions",
+        "recipes_ls",
+        "show the recipes that come along",
+    ),
+    "recipes cp": ("recllm.recipe_files", "RecipesCopyOptions", "recipes_cp", "copy one to change it"),
+    "export": (
+        "recllm.training.export",
+        "ExportOptions",
+        "export",
+        "merge a run's adapter into its model, and check that it scores the same",
+    ),
     "model tiny": (
         "recllm.mllm.model_commands",
         "TinyOptions",
@@ -107,6 +126,18 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "popularity",
         "the popularity baseline",
     ),
+    "score profile": (
+        "recllm.retrieval.commands",
+        "ProfileOptions",
+        "profile",
+        "the mean-profile baseline: sentence embeddings of what a user touched",
+    ),
+    "score yes-no": (
+        "recllm.mllm.scoring.command",
+        "YesNoOptions",
+        "score_yes_no",
+        "a multimodal LLM's yes/no margins for instruction rows",
+    ),
     "eval ranks": (
         "recllm.evaluation.commands",
         "RankReportConfig",
@@ -119,6 +150,13 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "compare_runs",
         "significance between systems",
     ),
+    "eval rerank": (
+        "recllm.retrieval.commands",
+        "RerankOptions",
+        "rerank",
+        "rank records of a top-K list that another system ranked again",
+    ),
+    "report": ("recllm.report.commands", "ReportOptions", "report", "one HTML file that tells all of it"),
 }
 
 
@@ -134,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[0] in ("-V", "--version"):
         print(f"recllm {recllm.__version__}")
         return
-    for length in (3, 2):
+    for length in (3, 2, 1):
         words = " ".join(arguments[:length])
         if words in COMMANDS and len(arguments) >= length:
             _run(words, arguments[length:])

@@ -17,10 +17,13 @@ ROOT = Path(__file__).parents[1]
 ROOMS = {
     "data": (),
     "evaluation": ("data",),
-    "rankers": ("data", "evaluation"),
+    "rankers": ("data", "evaluation", "retrieval"),
     "prompts": (),
     "mllm": ("data", "prompts"),
-    "builders": ("data", "prompts", "mllm"),
+    "retrieval": ("data", "evaluation", "mllm"),
+    "builders": ("data", "prompts", "mllm", "retrieval"),
+    "training": ("data", "evaluation", "prompts", "mllm", "builders"),
+    "report": ("data", "evaluation"),
 }
 
 
@@ -74,20 +77,24 @@ def test_rooms_import_only_from_the_rooms_below_them():
 
 
 def test_scripts_are_thin_and_imported_by_nothing():
-    scripts = [path for folder in ("data_builders", "eval") for path in (ROOT / folder).rglob("*.py")]
+    scripts = [
+        path for folder in ("data_builders", "eval", "recipes") for path in (ROOT / folder).rglob("*.py")
+    ]
     assert len(scripts) >= 3
     names = {path.stem for path in scripts}
     for path in scripts:
         assert len(path.read_text().splitlines()) <= 150
     for path in (ROOT / "recllm").rglob("*.py"):
         assert not {name.split(".")[0] for name in imports(path)} & (
-            names | {"data_builders", "eval", "benchmarks"}
+            names | {"data_builders", "eval", "recipes", "benchmarks"}
         )
 
 
 def test_no_script_or_folder_is_named_after_a_dependency():
     taken = {"evaluate", "datasets", "trl", "accelerate", "peft", "torch", "transformers", "polars", "numpy"}
     found = {
-        path.stem for folder in ("data_builders", "eval", "benchmarks") for path in (ROOT / folder).iterdir()
+        path.stem
+        for folder in ("data_builders", "eval", "recipes", "benchmarks")
+        for path in (ROOT / folder).iterdir()
     }
     assert not found & taken

@@ -16,6 +16,7 @@ import pytest
 from recllm.cli import COMMANDS, main
 from recllm.config import parse_config
 from recllm.data.dataset import Dataset
+from recllm.training.options import SFTOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,9 +33,13 @@ def test_every_command_in_the_readme_parses():
     parsed = set()
     for line in shell_lines():
         words = shlex.split(line)
+        if words[:2] == ["accelerate", "launch"] and "recipes/sft.py" in words and "..." not in words:
+            parse_config(SFTOptions, words[words.index("recipes/sft.py") + 1 :])
         if words[0] != "recllm" or "--help" in words or "..." in words:
             continue
-        command = next((" ".join(words[1:end]) for end in (4, 3) if " ".join(words[1:end]) in COMMANDS), None)
+        command = next(
+            (" ".join(words[1:end]) for end in (4, 3, 2) if " ".join(words[1:end]) in COMMANDS), None
+        )
         if any(
             known == " ".join(words[1:]) or known.startswith(" ".join(words[1:]) + " ") for known in COMMANDS
         ):
