@@ -57,7 +57,7 @@ def quickstart(options: QuickstartOptions) -> Path:
     Raises:
         DataError: A number is too small, or a step failed (what it said stands above).
     """
-    for name, least in (("users", 20), ("items", 60), ("max_steps", 1), ("seed", 0)):
+    for name, least in (("users", 20), ("items", 100), ("max_steps", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise DataError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected {least} or more")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ def steps(**options) -> list[Step]:
 
 def test_every_step_is_a_command_that_parses():
     names = []
-    for step in steps(users=33, items=77, seed=5, max_steps=9):
+    for step in steps(users=33, items=177, seed=5, max_steps=9):
         words = list(step.words)
         if words[0] == "accelerate":
             script = words.index("--config") - 1
