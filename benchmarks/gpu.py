@@ -271,7 +271,7 @@ def measure_step(name: str, dataset: Path, folder: Path, *, nf4: bool, flops: in
     trainer = RecSFTTrainer(
         model=loaded.model,
         args=arguments,
-        data_collator=Collator(loaded),
+        data_collator=Collator(loaded, share_prefixes=True),
         train_dataset=rows,
         processing_class=loaded.processor,
         callbacks=[clock],
@@ -280,6 +280,7 @@ def measure_step(name: str, dataset: Path, folder: Path, *, nf4: bool, flops: in
         keep=1,
         save_every=None,
         group_by_length=True,
+        shared_decoder=loaded.base_model.get_decoder(),
     )
     trainer.remove_callback(PrinterCallback)
     forget_peak()

@@ -9,6 +9,8 @@ after the answer's end, so here recllm does, too. The losses of every step must 
 gradient checkpointing on unless told otherwise, recllm does not; both are measured in both ways, and each is
 compared with TRL in the same way. On a GPU TRL 1.16 projects onto the vocabulary where labels are, as recllm
 does everywhere; on a CPU it projects every position, so that ratios measured on a CPU are not those of a GPU.
+`recllm` computes once what a positive and its negative begin with; its `whole rows` (--no-share-prefixes) do
+not.
 Two settings: the embedded model on short rows with one image, and random weights with the vocabulary of
 Qwen2-VL on rows of about 1,000 tokens with nine images.
 
@@ -40,7 +42,9 @@ SMOKE = "--smoke" in sys.argv
 WARM_UP, ROUNDS = (1, 1) if SMOKE else (2, 5)
 RANK, ALPHA, RATE, SEED = 16, 32, 1e-3, 0
 INSTRUCTIONS = Path("instructions", "sft")
-WAYS = tuple(itertools.product(("TRL", "recllm", "recllm, visual store"), (False, True)))
+WAYS = tuple(
+    itertools.product(("TRL", "recllm, whole rows", "recllm", "recllm, visual store"), (False, True))
+)
 """Who, and whether with gradient checkpointing."""
 
 
@@ -143,7 +147,7 @@ class NoValidation:
         return {"valid_auc": 0.5}
 
 
-def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, stored: bool):
+def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, who: str):
     """Returns the trainer of `recipes/sft.py`."""
     from recllm.training.folder import RunFolder
     from recllm.training.options import SFTOptions
@@ -166,6 +170,7 @@ def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, stored:
         warmup=0.0,
         seed=SEED,
         bf16="no",
+        share_prefixes="whole rows" not in who,
         gradient_checkpointing=checkpointing,
         valid_every=float(setting.rows),
         logging_steps=1,
@@ -175,7 +180,7 @@ def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, stored:
     part = open_part(instructions, "train")
     rows = training_rows(model.loaded, part, folder / "rows", limit=setting.rows)
     rows = rows.remove_columns("end").add_column("end", rows["length"])
-    store = open_visual_store("auto", model.loaded, part.dataset) if stored else None
+    store = open_visual_store("auto", model.loaded, part.dataset) if "store" in who else None
     data = TrainingData(rows, NoValidation(), (part, part), store)
     return make_trainer(options, RunFolder(run, instructions, instructions), model, data)
 
@@ -192,8 +197,8 @@ def theirs(setting: Setting, folder: Path, run: Path, checkpointing: bool):
     from recllm.training.sampling import EpochSampler
 
     loaded, part = open_rows(setting, folder)
-    lengths = training_rows(loaded, part, folder / "rows", limit=setting.rows)["length"]
-    order = list(EpochSampler(setting.rows, setting.batch, SEED, list(lengths)))
+    rows = training_rows(loaded, part, folder / "rows", limit=setting.rows)
+    order = list(EpochSampler(rows["group"], setting.batch, SEED, list(rows["length"])))
     table = pl.read_parquet(part.path)[order].select(
         "prompt",
         "completion",
@@ -270,7 +275,7 @@ def serve(setting: Setting, way: tuple[str, bool], folder: Path, pipe) -> None:
         if who == "TRL":
             trainer = theirs(setting, folder, Path(run), checkpointing)
         else:
-            trainer = ours(setting, folder, Path(run), checkpointing, "store" in who)
+            trainer = ours(setting, folder, Path(run), checkpointing, who)
 
         class Turns(TrainerCallback):
             def on_train_begin(self, *arguments, **named):

@@ -94,10 +94,14 @@ def _run(step: Step, folder: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """The environment, with a checkout that recllm was imported from in reach of the steps."""
+    """The environment, with a checkout that recllm was imported from in reach of the steps.
+
+    Threads are named because `accelerate launch` warns where they are not.
+    """
     root = str(Path(__file__).resolve().parents[1])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    threads = str(len(os.sched_getaffinity(0)))
+    return {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _steps(options: QuickstartOptions) -> Iterator[Step]:

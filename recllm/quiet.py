@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 _SAID_IN_VAIN = {
     "DeepSpeed": "Setting accelerator to CPU",  # goes to standard output, whenever accelerate is imported
@@ -10,8 +11,13 @@ _SAID_IN_VAIN = {
 }
 
 
+_WARNED_IN_VAIN = ("`is_gradient_checkpointing` is deprecated",)  # what PEFT still reads of transformers
+
+
 def hush() -> None:
-    """Filters the messages in `_SAID_IN_VAIN` from their loggers; to be called before those are imported."""
+    """Filters those messages from loggers and warnings; to be called before the libraries are imported."""
+    for beginning in _WARNED_IN_VAIN:
+        warnings.filterwarnings("ignore", message=beginning, category=FutureWarning)
     for name, beginning in _SAID_IN_VAIN.items():
         logging.getLogger(name).addFilter(_Without(beginning))
 

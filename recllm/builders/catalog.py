@@ -54,9 +54,9 @@ class Catalog:
         """Returns an item's title."""
         return self.safe(self._titles[code], TITLE_LIMIT)
 
-    def text(self, code: int) -> str:
-        """Returns an item's description."""
-        return self.safe(self._texts[code], TEXT_LIMIT)
+    def text(self, code: int, limit: int = TEXT_LIMIT) -> str:
+        """Returns at most so many characters of an item's description."""
+        return self.safe(self._texts[code], limit) if limit else ""
 
     def categories(self, code: int) -> str:
         """Returns an item's categories, separated by commas, the widest first."""
@@ -67,9 +67,10 @@ class Catalog:
         names = self._names(code)
         return self.safe(names[-1], CATEGORIES_LIMIT) if names else ""
 
-    def fields(self, code: int) -> dict[str, str]:
+    def fields(self, code: int, text_limit: int = TEXT_LIMIT) -> dict[str, str]:
         """Returns title, categories and text, as templates take them."""
-        return {"title": self.title(code), "categories": self.categories(code), "text": self.text(code)}
+        text = self.text(code, text_limit)
+        return {"title": self.title(code), "categories": self.categories(code), "text": text}
 
     def told(self, code: int, summaries: Sequence[str]) -> str:
         """Returns an item's summary, or title, categories and text where it has none."""
@@ -85,9 +86,9 @@ class Catalog:
         image = self.image(code)
         return None if image is None else self.folder / image
 
-    def _described(self, code: int) -> str:
+    def _described(self, code: int, text_limit: int = TEXT_LIMIT) -> str:
         """Title, categories and text as sentences in one line; what is empty is left out."""
-        return " ".join(_sentence(value) for value in self.fields(code).values() if value)
+        return " ".join(_sentence(value) for value in self.fields(code, text_limit).values() if value)
 
     def _names(self, code: int) -> list[str]:
         return [name for name in self._categories[code].to_list() if name and name.strip()]

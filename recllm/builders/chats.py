@@ -202,8 +202,9 @@ class UserChats:
 
     def _target(self, item: int, pictures: _Pictures) -> str:
         composer = self._composer
-        text = composer.catalog.described(item) if composer.options.target_text else ""
-        image = composer.image(item) if composer.options.target_image else None
+        options = composer.options
+        text = composer.catalog.described(item, options.text_limit) if options.target_text else ""
+        image = composer.image(item) if options.target_image else None
         if image is not None:
             return f"{text} {pictures.add(image)}".lstrip()
         return text or "(nothing is known of it)"

@@ -118,7 +118,7 @@ def build_instructions(options: InstructionOptions) -> None:
 def _check(options: InstructionOptions) -> None:
     check_parts(options.parts)
     check_least(0, negatives=options.negatives, history=options.history, seed=options.seed)
-    check_least(0, targets_per_user=options.targets_per_user)
+    check_least(0, targets_per_user=options.targets_per_user, text_limit=options.text_limit)
     check_least(1, limit=options.limit, max_prompt_tokens=options.max_prompt_tokens)
     for name in ("split", "preference", "visual", "summaries", "candidates", "name"):
         check_plain(f"--{name}", getattr(options, name))

@@ -171,6 +171,8 @@ class InstructionOptions:
     """Show the target's image; --no-target-image leaves it out."""
     target_text: bool = True
     """Tell the target's title, categories and text; --no-target-text leaves them out."""
+    text_limit: int = 2000
+    """Characters of the target's text that are told; 0: title and categories alone, for shorter prompts."""
     negatives: int = 1
     """Negatives a positive."""
     negative_sampling: Literal["uniform", "in_time"] = "uniform"

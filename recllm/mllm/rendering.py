@@ -132,7 +132,14 @@ def encode_expanded(loaded: LoadedModel, expanded: Sequence[str]) -> Any:
 
 def count_tokens(loaded: LoadedModel, expanded: str) -> int:
     """Returns the exact length in tokens of what `expand` returned, image tokens included."""
-    return len(_tokenize(loaded, expanded))
+    return len(token_ids(loaded, expanded))
+
+
+def token_ids(loaded: LoadedModel, text: str) -> list[int]:
+    """Returns the tokens of a text that the chat template wrote, as `encode_expanded` has them."""
+    return loaded.tokenizer(
+        text, add_special_tokens=_adds_special_tokens(loaded, text), truncation=False
+    ).input_ids
 
 
 def probe_inputs(loaded: LoadedModel) -> dict[str, Any]:
@@ -165,19 +172,13 @@ def _apply_template(loaded: LoadedModel, messages: Sequence[Message], name: str)
         raise DataError(f"request {name!r}: the model's chat template refuses the chat: {error}") from None
 
 
-def _tokenize(loaded: LoadedModel, text: str) -> list[int]:
-    return loaded.tokenizer(
-        text, add_special_tokens=_adds_special_tokens(loaded, text), truncation=False
-    ).input_ids
-
-
 def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
     bos = loaded.tokenizer.bos_token
     return bos is None or not text.startswith(bos)  # the template wrote it already
 
 
 def _special_tokens(loaded: LoadedModel, text: str) -> dict[int, int]:
-    counts = Counter(_tokenize(loaded, text))
+    counts = Counter(token_ids(loaded, text))
     return {token: count for token, count in counts.items() if token in loaded.special_token_ids}
 
 

@@ -242,9 +242,7 @@ class VisualStore:
             for key, rows in zip(distinct, moved, strict=True)
         }
         inputs = {
-            name: values.to(device)
-            for name, values in self._notes(keys).items()
-            if name in self._model_inputs
+            name: values.to(device) for name, values in self.notes(keys).items() if name in self._model_inputs
         }
         return {"mm_encoder_outputs": {"image": self._encoder_output([read[key] for key in keys])}, **inputs}
 
@@ -263,7 +261,7 @@ class VisualStore:
             device: Where the tensors go.
             dtype: As for `mm_inputs`.
         """
-        processor, notes = self._processor, self._notes(keys)
+        processor, notes = self._processor, self.notes(keys)
         slots = [processor.replace_image_token(notes, image_idx=slot) for slot in range(len(keys))]
         texts, _ = processor.get_text_with_replacements(list(texts), slots)
         start = processor.tokenizer.bos_token
@@ -283,7 +281,8 @@ class VisualStore:
             raise DataError(f"image {key} is not in the visual store {self.folder}")
         return self._index.row(int(np.searchsorted(self._keys, key.encode())), named=True)
 
-    def _notes(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+    def notes(self, keys: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Returns what the processor says of images besides pixels, such as `image_grid_thw`; a row each."""
         notes = [json.loads(self._row(key)["notes"]) for key in keys]
         return {name: torch.tensor([one[name] for one in notes]) for name in (notes[0] if notes else ())}
 

@@ -1,4 +1,4 @@
-"""Rows in tokens to a training batch: padding on the right, labels on completions alone, images decoded."""
+"""Rows in tokens to a training batch, padded or packed: labels on completions alone, images decoded."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from PIL import Image
 from recllm.errors import DataError
 from recllm.mllm.images import ImageError
 from recllm.mllm.rendering import encode_expanded, expand
+from recllm.training.packing import BLANK, IGNORED, group_alone, groups_of, pack
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
     from recllm.mllm.visual_store import VisualStore
 
-IGNORED = -100
 IMAGE_KEYS = "image_keys"
 """Where a batch names its images in the visual store; the trainer puts their stored tokens in its place."""
 _BLANK = Image.new("RGB", (56, 56))
@@ -33,6 +33,8 @@ class Collator:
             no other token attends to: it changes no value, and keeps all ranks in step. ZeRO-3 gathers the
             tower's weights from all ranks whenever one of them runs it, and DDP waits for a gradient of each
             trained weight; on a rank that passes the tower by, both would wait for ever. Ours.
+        share_prefixes: Pack a batch into one row, where neighbors of one `group` share what their prompts
+            begin with; see `recllm.mllm.scoring.attention`. Ours.
     """
 
     def __init__(
@@ -41,19 +43,23 @@ class Collator:
         *,
         visual_store: VisualStore | None = None,
         blank_image: bool = False,
+        share_prefixes: bool = False,
     ):
-        self._loaded, self._store = loaded, visual_store
+        self._loaded, self._store, self._shares = loaded, visual_store, share_prefixes
         self._pad = loaded.tokenizer.pad_token_id
         self._kinds = _name_of_kinds(loaded.processor)
         self._blank_tokens = _tokens_of_blank(loaded) if blank_image and visual_store is None else []
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Returns a batch: input_ids, attention_mask and labels, each (rows, longest), token kinds and pixels
-        where the model takes them, or `IMAGE_KEYS` with a visual store.
+        where the model takes them, or `IMAGE_KEYS` with a visual store. Packed: input_ids and labels (1,
+        tokens), position_ids (axes, 1, tokens), layout, and images as before, shared ones once.
 
         Raises:
             DataError: An image cannot be read, or the sample has not as many image tokens as it has features.
         """
+        if self._shares:
+            return self._packed(rows)
         tokens = [list(row["input_ids"]) for row in rows]
         attended = [len(each) for each in tokens]
         pixels = self._images(rows)
@@ -76,6 +82,39 @@ class Collator:
             kinds = self._loaded.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
             batch[self._kinds] = torch.tensor(kinds)
         return batch | pixels
+
+    def _packed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        shown, grids = self._distinct_images(rows)
+        groups = groups_of(rows, self._loaded.image_token_id)
+        if self._blank_tokens and not shown:
+            shown[BLANK] = self._pixels(_BLANK)
+            grids[BLANK] = shown[BLANK]["image_grid_thw"][0].tolist()
+            groups.append(group_alone(self._blank_tokens, self._loaded.image_token_id))
+        batch, images = pack(self._loaded, rows, groups, grids)
+        if self._store is not None:
+            return batch | {IMAGE_KEYS: self._store.keys_of(map(Path, images))}
+        return batch | self._joined([shown[image] for image in images])
+
+    def _distinct_images(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Returns each image's tensors (its key, with a visual store), and its grid where there are grids."""
+        shown, grids = {}, {}
+        for row in rows:
+            for path in row["images"]:
+                if path in shown:
+                    continue
+                if self._store is not None:
+                    key = shown[path] = self._store.keys_of([Path(path)])[0]
+                    notes = self._store.notes([key])
+                else:
+                    notes = shown[path] = self._pixels(self._decode(row["id"], Path(path)))
+                if "image_grid_thw" in notes:
+                    grids[path] = notes["image_grid_thw"][0].tolist()
+            if self._store is not None:
+                counts = [len(self._store.features(shown[path])) for path in row["images"]]
+            else:
+                counts = [self._features(shown[path]) for path in row["images"]]
+            self._check_count(row, sum(counts))
+        return shown, grids
 
     def _images(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self._store is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from recllm.builders.instruction_rows import request_of
 from recllm.errors import DataError
 from recllm.mllm.images import ImageError, image_size
-from recllm.mllm.rendering import encode_expanded, expand, render
+from recllm.mllm.rendering import expand, render, token_ids
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
@@ -65,8 +65,8 @@ def encode_conversation(loaded: LoadedModel, row: Mapping[str, Any], folder: Pat
     except ImageError as error:
         raise DataError(f"sample {request.id!r}: {error}") from None
     expanded = expand(loaded, prompt_text, sizes)
-    prompt = _tokens(loaded, expanded)
-    tokens = _tokens(loaded, expanded + text[len(prompt_text) :])  # a completion has no images
+    prompt = token_ids(loaded, expanded)
+    tokens = token_ids(loaded, expanded + text[len(prompt_text) :])  # a completion has no images
     if tokens[: len(prompt)] != prompt:
         raise DataError(
             f"sample {request.id!r}: the first token of the completion swallows the end of the prompt; start "
@@ -95,19 +95,14 @@ def _completion_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _check_plain(loaded: LoadedModel, name: str, messages: Sequence[Mapping[str, Any]]) -> None:
     for turn in messages:
         for part in turn["content"]:
-            found = loaded.special_token_ids.intersection(_tokens(loaded, part["text"], raw=True))
+            tokens = loaded.tokenizer(part["text"], add_special_tokens=False).input_ids
+            found = loaded.special_token_ids.intersection(tokens)
             if found:
                 raise DataError(
                     f"sample {name!r}: the completion holds the special token "
                     f"{loaded.tokenizer.decode([min(found)])!r}, which would change the chat's turns; put "
                     "text from data through safe_text"
                 )
-
-
-def _tokens(loaded: LoadedModel, text: str, *, raw: bool = False) -> list[int]:
-    if raw:
-        return loaded.tokenizer(text, add_special_tokens=False).input_ids
-    return encode_expanded(loaded, [text])["input_ids"][0].tolist()
 
 
 def _end_of_turn(loaded: LoadedModel, tokens: list[int], start: int) -> int:

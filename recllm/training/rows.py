@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 1024
 _COLUMNS = ("id", "prompt", "completion", "images")
+_TARGET = ("user", "target_row")
+"""Columns by which neighboring rows are about one target: the same user at the same time."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def training_rows(
         limit: Take the first so many rows.
 
     Returns:
-        Columns id, input_ids, start and end (of the completion), images (files), length.
+        Columns id, input_ids, start and end (of the completion), images (files), length, and group: equal
+        for neighboring rows about one user at one time, whose prompts mostly begin alike.
 
     Raises:
         DataError: As `recllm.training.conversations.encode_conversation`; or there are no rows.
@@ -86,9 +89,11 @@ def training_rows(
     disable_progress_bars()
     path = cache / f"{_fingerprint(loaded, part, limit)}.arrow"
     if not path.exists():
-        table = pl.read_parquet(part.path, glob=False, columns=list(_COLUMNS), n_rows=limit)
+        table = pl.read_parquet(part.path, glob=False, n_rows=limit)
         if table.is_empty():
             raise DataError(f"{part.path} has no rows to train on")
+        about = [name for name in _TARGET if name in table.columns] or ["id"]
+        table = table.select(*_COLUMNS, group=pl.struct(about).rle_id())
         write_file(path, lambda temporary: _write_tokens(temporary, loaded, table, part.dataset))
     return Dataset.from_file(str(path))
 
@@ -104,6 +109,7 @@ def _write_tokens(path: Path, loaded: LoadedModel, table: pl.DataFrame, folder: 
             "end": pa.int32(),
             "images": pa.list_(pa.string()),
             "length": pa.int32(),
+            "group": pa.int32(),
         }
     )
     with (
@@ -122,6 +128,7 @@ def _write_tokens(path: Path, loaded: LoadedModel, table: pl.DataFrame, folder: 
                         "end": each.end,
                         "images": [str(image) for image in each.images],
                         "length": len(each.tokens),
+                        "group": row["group"],
                     }
                 )
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
@@ -138,6 +145,7 @@ def _fingerprint(loaded: LoadedModel, part: InstructionPart, limit: int | None) 
         "images": json.loads(loaded.processor.image_processor.to_json_string()),
         "positions": loaded.max_positions,
         "limit": limit,
+        "groups": _TARGET,
     }
     digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     with contextlib.suppress(AttributeError):  # a tokenizer without the fast library has no such text

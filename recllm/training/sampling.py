@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch.utils.data import Sampler
@@ -10,21 +11,24 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class EpochSampler(Sampler[int]):
-    """Shuffles rows, in batches of about equal length where lengths are given.
+    """Shuffles groups of rows, in batches of about equal length where lengths are given.
 
     transformers' own samplers draw from the global generator, which dropout moves on as well: the order of
     an epoch that was begun before a kill cannot be had again. Ours.
 
     Args:
-        rows: How many rows there are.
-        group: Rows of one optimizer step over all ranks.
+        groups: The group of each row; neighboring rows of one group stay neighbors.
+        step: Rows of one optimizer step over all ranks.
         seed: Seed of the order.
         lengths: Tokens of each row; None to shuffle without regard to them.
     """
 
-    def __init__(self, rows: int, group: int, seed: int, lengths: Sequence[int] | None = None):
-        self._rows, self._group, self._seed, self._lengths = rows, group, seed, lengths
-        self._epoch = 0
+    def __init__(self, groups: Sequence[int], step: int, seed: int, lengths: Sequence[int] | None = None):
+        starts = [row for row in range(len(groups)) if row == 0 or groups[row] != groups[row - 1]]
+        self._members = [range(*bounds) for bounds in pairwise([*starts, len(groups)])]
+        self._lengths = lengths and [max(lengths[row] for row in rows) for rows in self._members]
+        self._step = max(1, step * len(self._members) // max(1, len(groups)))
+        self._rows, self._seed, self._epoch = len(groups), seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration that of an epoch, counted from 0."""
@@ -36,5 +40,7 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
         if self._lengths is None:
-            return iter(torch.randperm(self._rows, generator=generator).tolist())
-        return iter(get_length_grouped_indices(self._lengths, self._group, generator=generator))
+            order = torch.randperm(len(self._members), generator=generator).tolist()
+        else:
+            order = get_length_grouped_indices(self._lengths, self._step, generator=generator)
+        return (row for number in order for row in self._members[number])

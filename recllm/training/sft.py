@@ -144,19 +144,28 @@ def make_trainer(
 ) -> RecSFTTrainer:
     """Returns the trainer, after a check that what should train does and nothing else."""
     from transformers import EarlyStoppingCallback, PrinterCallback
+    from transformers.utils import logging
 
+    from recllm.mllm.scoring.scorer import can_share_prefix
     from recllm.training.collate import Collator
     from recllm.training.journal import Journal
     from recllm.training.trainer import RecSFTTrainer
 
+    if rank() > 0 or not sys.stderr.isatty():
+        logging.disable_progress_bar()  # of saving and loading checkpoints
     loaded = model.loaded
+    shares = (
+        options.share_prefixes and not options.attn_implementation and can_share_prefix(loaded.base_model)
+    )
     vision_trains = options.train_vision or options.train_projector
     in_step = launching.zero_stage() == 3 or (world_size() > 1 and vision_trains)
     callbacks = [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
     trainer = RecSFTTrainer(
         model=loaded.model,
         args=_arguments(options, run, model, len(data.train)),
-        data_collator=Collator(loaded, visual_store=data.visual_store, blank_image=in_step),
+        data_collator=Collator(
+            loaded, visual_store=data.visual_store, blank_image=in_step, share_prefixes=shares
+        ),
         train_dataset=data.train,
         eval_dataset=data.train.select([0]),  # never read: `evaluate` scores the validation lists
         processing_class=loaded.processor,
@@ -167,6 +176,7 @@ def make_trainer(
         save_every=options.save_every,
         group_by_length=options.group_by_length,
         visual_store=data.visual_store,
+        shared_decoder=loaded.base_model.get_decoder() if shares else None,
     )
     trainer.remove_callback(PrinterCallback)
     Parts(trainer.model).check(options.trained_parts, adapter=options.method != "full")
@@ -233,7 +243,7 @@ def _arguments(options: SFTOptions, run: RunFolder, model: TrainableModel, rows:
         seed=options.seed,
         bf16=launching.uses_bf16(options),
         fp16=False,
-        gradient_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing=options.gradient_checkpointing,
         max_length=None,
         remove_unused_columns=False,
         dataloader_num_workers=options.workers,

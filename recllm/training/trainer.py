@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
+from recllm.mllm.scoring.attention import shared_prefix_attention
 from recllm.training.checkpoints import drop_old, mark_complete
-from recllm.training.collate import IGNORED, IMAGE_KEYS
+from recllm.training.collate import IMAGE_KEYS
+from recllm.training.packing import IGNORED
 from recllm.training.sampling import EpochSampler
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ class RecSFTTrainer(SFTTrainer):
         save_every: Save after each so many steps as well, besides after validations.
         group_by_length: Batch rows of about equal length.
         visual_store: Where the batches' image keys lead to.
+        shared_decoder: The language model, where batches are packed so that prompts share their beginnings.
         arguments: As for TRL's trainer.
     """
 
@@ -48,6 +52,7 @@ class RecSFTTrainer(SFTTrainer):
         save_every: int | None,
         group_by_length: bool,
         visual_store: VisualStore | None = None,
+        shared_decoder: torch.nn.Module | None = None,
         **named: Any,
     ):
         weights = {
@@ -63,6 +68,7 @@ class RecSFTTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True  # count the labels of each step
         self._validation, self._journal, self._keep = validation, journal, keep
         self._group_by_length, self._store = group_by_length, visual_store
+        self._shared_decoder = shared_decoder
         self._sampler: EpochSampler | None = None
         self._seen = {"tokens": 0, "rows": 0}
         self._clock = time.perf_counter()
@@ -76,14 +82,22 @@ class RecSFTTrainer(SFTTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         lengths = list(rows["length"]) if self._group_by_length else None
-        self._sampler = EpochSampler(len(rows), group, self.args.seed, lengths)
+        self._sampler = EpochSampler(rows["group"], step, self.args.seed, lengths)
         return self._sampler
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
         if not self.control.should_training_stop:
             super()._run_epoch(*arguments, **named)
+
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """Takes a step; where activations are not kept, its backward pass goes forward again, sharing too."""
+        with self._sharing():
+            return super().training_step(*arguments, **named)
+
+    def _sharing(self) -> AbstractContextManager[None]:
+        return shared_prefix_attention(self._shared_decoder) if self._shared_decoder else nullcontext()
 
     def compute_loss(
         self,
@@ -99,11 +113,13 @@ class RecSFTTrainer(SFTTrainer):
         """
         inputs = self._with_stored_images(dict(inputs))
         labels = inputs.pop("labels")[:, 1:]
+        rows = sum(len(group.suffixes) for group in inputs["layout"]) if "layout" in inputs else len(labels)
         labeled = labels != IGNORED
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         hook = head.register_forward_pre_hook(lambda _, given: (given[0][:, :-1][labeled], *given[1:]))
         try:
-            outputs = model(**inputs, use_cache=False)
+            with self._sharing():
+                outputs = model(**inputs, use_cache=False)
         finally:
             hook.remove()
         total = cross_entropy(outputs.logits.float(), labels[labeled], reduction="sum")
@@ -113,8 +129,8 @@ class RecSFTTrainer(SFTTrainer):
             loss = total / num_items_in_batch
             if self.args.average_tokens_across_devices:  # it counts all ranks' labels; DDP averages gradients
                 loss = loss * self.accelerator.num_processes
-        self._seen["tokens"] += int(inputs["attention_mask"].sum())
-        self._seen["rows"] += len(labels)
+        self._seen["tokens"] += int(inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).sum())
+        self._seen["rows"] += rows
         return (loss, outputs) if return_outputs else loss
 
     def _with_stored_images(self, inputs: dict[str, Any]) -> dict[str, Any]:

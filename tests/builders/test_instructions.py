@@ -137,6 +137,19 @@ def test_one_modality_of_the_target(world, image, text):
         build_instructions(InstructionOptions(world.folder, target_image=False, target_text=False))
 
 
+@pytest.mark.parametrize("limit", [0, 1, 7, 2000])
+def test_the_text_of_the_target_is_cut_at_its_limit_but_not_the_title(world, limit):
+    build_instructions(InstructionOptions(world.folder, form="cot", text_limit=limit))
+    facts = {row["item"]: row for row in world.items.to_dicts()}
+    for row in rows_of(world, name="loo-cot"):
+        fact = facts[row["item"]]
+        told = row["prompt"][-1]["content"][0]["text"].rstrip().split("Target item: ")[1]
+        assert told.startswith(fact["title"]) and all(name in told for name in fact["categories"])
+        whole = len(fact["text"]) <= limit
+        assert (fact["text"] in told) == whole
+        assert whole or len(told) <= len(f"{fact['title']}. {', '.join(fact['categories'])}. .") + limit
+
+
 def test_training_targets_follow_a_summary_and_are_the_latest(world):
     build_instructions(InstructionOptions(world.folder, targets_per_user=2, negatives=0))
     for row in rows_of(world):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from recllm.errors import DataError
 from recllm.mllm.visual_store import build_visual_store
-from recllm.training.collate import IGNORED, IMAGE_KEYS, Collator
+from recllm.training.collate import IMAGE_KEYS, Collator
 from recllm.training.conversations import encode_conversation
+from recllm.training.packing import IGNORED
 from recllm.training.rows import open_part, training_rows
 from recllm.training.sampling import EpochSampler
 
@@ -158,9 +162,9 @@ def test_a_part_that_is_not_the_manifest_s_is_refused(world, tmp_path):
 def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(5, 500, 97).tolist()
 
-    def order(seed: int, epoch: int, group: int = 8) -> list[int]:
+    def order(seed: int, epoch: int, step: int = 8) -> list[int]:
         torch.rand(3)  # dropout moves the global generator on; the order must not depend on it
-        sampler = EpochSampler(97, group, seed, lengths)
+        sampler = EpochSampler(range(97), step, seed, lengths)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -169,9 +173,18 @@ def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch():
     assert sorted(order(1, 2)) == list(range(97))
     batches = [order(1, 2)[place : place + 8] for place in range(0, 96, 8)]
     spread = np.mean([np.ptp([lengths[row] for row in batch]) for batch in batches])
-    unsorted = EpochSampler(97, 8, 1)
+    unsorted = EpochSampler(range(97), 8, 1)
     shuffled = list(unsorted)
     random = np.mean(
         [np.ptp([lengths[row] for row in shuffled[place : place + 8]]) for place in range(0, 96, 8)]
     )
     assert spread < random / 2
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=40), st.integers(1, 16), st.booleans())
+def test_rows_of_one_group_stay_together(sizes, step, by_length):
+    groups = [number for number, size in enumerate(sizes) for _ in range(size)]
+    lengths = [7 * group % 5 + 1 for group in groups] if by_length else None
+    order = list(EpochSampler(groups, step, 0, lengths))
+    assert sorted(order) == list(range(len(groups)))
+    assert len(list(groupby(groups[row] for row in order))) == len(sizes)

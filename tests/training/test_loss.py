@@ -23,7 +23,7 @@ def trainer_of(options):
 
 @pytest.fixture
 def trainer(sft):
-    return trainer_of(sft("mixed", lora_dropout=0.0))
+    return trainer_of(sft("mixed", lora_dropout=0.0, share_prefixes=False))
 
 
 def batch_of(trainer, count: int = 6) -> dict:
@@ -41,7 +41,7 @@ def test_it_is_the_cross_entropy_of_all_logits_at_the_labels(trainer):
 @pytest.mark.parametrize("family", small_models.FAMILIES)
 def test_it_is_so_in_every_family(sft, tmp_path, family):
     model = str(small_models.save_small(family, tmp_path / family))
-    trainer = trainer_of(sft("mixed", model=model, lora_dropout=0.0))
+    trainer = trainer_of(sft("mixed", model=model, lora_dropout=0.0, share_prefixes=False))
     batch = batch_of(trainer, 4)
     assert len(batch["labels"]) == 4
     own = trainer.compute_loss(trainer.model, dict(batch))
@@ -83,7 +83,7 @@ def test_gradients_are_those_of_the_plain_loss(trainer):
 
 
 def test_a_visual_store_gives_the_loss_of_the_pixels(sft, tmp_path):
-    trainer = trainer_of(sft("mixed", lora_dropout=0.0))
+    trainer = trainer_of(sft("mixed", lora_dropout=0.0, share_prefixes=False))
     rows = [trainer.train_dataset[place] for place in range(6)]
     loaded = trainer.data_collator._loaded
     paths = sorted({path for row in rows for path in row["images"]})

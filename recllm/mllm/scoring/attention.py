@@ -1,8 +1,10 @@
 """Attention over prompts that share a prefix: the prefix stands once, and each suffix sees it and itself.
 
-A suffix attends in two parts, to the prefix (all of it, so no mask) and to itself (causally); the two are
-merged by their log-sum-exps, which is exact (as in "Hydragen", arXiv 2402.05099). No
-mask is built, and no key of the prefix is copied.
+In inference a suffix attends in two parts, to the prefix (all of it, so no mask) and to itself (causally);
+the two are merged by their log-sum-exps, which is exact (as in "Hydragen", arXiv 2402.05099). No mask is
+built, and no key of the prefix is copied. In training it attends to both at once, since PyTorch has no
+gradient of a log-sum-exp: keys of the prefix are repeated for each suffix, which is little beside the linear
+layers that are spared.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -86,6 +88,7 @@ def attend(
     attention_mask: None,
     scaling: float,
     layout: Sequence[GroupLayout],
+    dropout: float = 0.0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attends within one row of packed groups; an attention function as transformers calls them.
@@ -98,13 +101,15 @@ def attend(
         attention_mask: None; the layout says it all.
         scaling: Of the scores.
         layout: The groups, one after the other.
+        dropout: Of the weights, in training.
 
     Returns:
         (1, tokens, heads, width), and None for the weights.
     """
-    heads, width = query.shape[1], query.shape[3]
     query, key, value = query[0], key[0], value[0]
-    output = query.new_empty(query.shape[1], heads, width)
+    if module.training:
+        return _attend_in_training(query, key, value, layout, scaling, dropout)[None], None
+    output = query.new_empty(query.shape[1], len(query), query.shape[2])
     for group in layout:
         prefix, own = slice(group.start, group.suffix_start), slice(group.suffix_start, group.end)
         alone, alone_lse = _among_themselves(query[:, own], key[:, own], value[:, own], group, scaling)
@@ -117,6 +122,38 @@ def attend(
         merged = torch.lerp(before.float(), alone.float(), share)
         output[own] = merged.to(output.dtype).transpose(0, 1)
     return output[None], None
+
+
+def _attend_in_training(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: Sequence[GroupLayout],
+    scaling: float,
+    dropout: float,
+) -> torch.Tensor:
+    """Attention by operations that have gradients; (tokens, heads, width)."""
+    attention = partial(functional.scaled_dot_product_attention, scale=scaling, dropout_p=dropout)
+    repeats = len(query) // len(key)
+    whole = query, key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+    sizes = [size for group in layout for size in (group.prefix, sum(group.suffixes))]
+    # Split once: the gradient of each slice by itself would be as large as all tokens.
+    pieces = list(zip(*(part[None].split(sizes, 2) for part in whole), strict=True))
+    outputs = []
+    for group, prefix, own in zip(layout, pieces[::2], pieces[1::2], strict=True):
+        if group.prefix:
+            outputs.append(attention(*prefix, is_causal=True)[0])
+        tokens, back = group.places(query.device)
+        rows, longest = tokens.shape
+        asking, *answering = (part[0][:, tokens].transpose(0, 1) for part in own)
+        answering = [
+            torch.cat([before.expand(rows, -1, -1, -1), suffixes], 2)
+            for before, suffixes in zip(prefix[1:], answering, strict=True)
+        ]  # (suffixes, heads, prefix + longest, width)
+        seen = torch.ones(longest, group.prefix + longest, dtype=torch.bool, device=query.device)
+        found = attention(asking, *answering, attn_mask=seen.tril(group.prefix))
+        outputs.append(found.transpose(0, 1).flatten(1, 2)[:, back])
+    return torch.cat(outputs, 1).transpose(0, 1)
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -51,7 +51,7 @@ class StoredImages:
 
     def grids(self, keys: Sequence[str], pixels: Mapping[str, Future]) -> dict[str, list[int]]:
         """Returns the (time, height, width) in patches of distinct images, where the model goes by it."""
-        return _grids_of(keys, self._store._notes(keys))
+        return _grids_of(keys, self._store.notes(keys))
 
     def inputs(self, keys: Sequence[str]) -> dict[str, Any]:
         """Returns what the model takes in place of the pixels of images, in the order of their slots."""

@@ -167,15 +167,8 @@ class PromptReader:
                 f"sample {request.id!r}: its prompt has {len(tokens):,} tokens, but the model takes "
                 f"{loaded.max_positions:,}; build the instructions with --max-prompt-tokens"
             )
-        starts, ends = _runs(tokens == loaded.image_token_id)
-        if len(starts) != len(images):
-            raise RuntimeError(
-                f"sample {request.id!r}: {len(starts)} runs of image tokens for {len(images)} images"
-            )
-        contents = tokens.copy()
         known = [self._image(path) for path in images]
-        for start, end, (_, number) in zip(starts, ends, known, strict=True):
-            contents[start:end] = -1 - number
+        contents, ends = contents_of(tokens, loaded.image_token_id, [number for _, number in known])
         return Prompt(row, request.id, expanded, tokens, contents, tuple(key for key, _ in known), ends)
 
     def _expand(self, text: str, images: Sequence[str]) -> str:
@@ -213,13 +206,35 @@ def messages_of(content: Mapping[str, Any]) -> tuple[Message, ...]:
     )
 
 
-def share(prompts: Sequence[Prompt]) -> Group:
+def contents_of(tokens: np.ndarray, image_token: int, images: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the `contents` and `image_ends` of a prompt.
+
+    Args:
+        tokens: The prompt.
+        image_token: What stands for a piece of an image.
+        images: A number for the content of each image, 0 or more.
+    """
+    starts, ends = _runs(tokens == image_token)
+    if len(starts) != len(images):
+        raise RuntimeError(f"{len(starts)} runs of image tokens for {len(images)} images")
+    contents = tokens.copy()
+    for start, end, number in zip(starts, ends, images, strict=True):
+        contents[start:end] = -1 - number
+    return contents, ends
+
+
+def share(prompts: Sequence[Prompt], most: int | None = None) -> Group:
     """Returns a group with the longest beginning that all prompts have in common.
 
     An image's tokens are equal where the image is; each prompt keeps a token of its own.
+
+    Args:
+        prompts: One or more.
+        most: Tokens to share at most.
     """
     first = prompts[0].contents
     shared = min(len(prompt.tokens) for prompt in prompts) - 1
+    shared = shared if most is None else min(shared, most)
     for prompt in prompts[1:]:
         different = np.flatnonzero(first[:shared] != prompt.contents[:shared])
         if len(different):

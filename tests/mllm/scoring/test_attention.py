@@ -35,14 +35,16 @@ def mask_of(groups) -> torch.Tensor:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
-def test_two_parts_are_one_softmax(dtype, tolerance, heads, kv_heads):
+@pytest.mark.parametrize("training", [False, True])
+def test_two_parts_are_one_softmax(dtype, tolerance, heads, kv_heads, training):
     torch.manual_seed(0)
+    module = torch.nn.Identity().train(training)
     for groups in (GROUPS, *([group] for group in GROUPS)):
         layout = layout_of(groups)
         size = layout[-1].end
         query = 3 * torch.randn(1, heads, size, 16, dtype=dtype)
         key, value = (torch.randn(1, kv_heads, size, 16, dtype=dtype) for _ in range(2))
-        found, weights = attend(None, query, key, value, None, scaling=0.3, layout=layout)
+        found, weights = attend(module, query, key, value, None, scaling=0.3, layout=layout)
         expected = functional.scaled_dot_product_attention(
             *(part.float().repeat_interleave(heads // part.shape[1], 1) for part in (query, key, value)),
             attn_mask=mask_of(groups),
