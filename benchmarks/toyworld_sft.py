@@ -125,8 +125,8 @@ def commands(seed: int, rows: int) -> list[tuple[list[str], str]]:
         name, steps = f"toys/instructions/{way}", rows // BATCH
         lines += [
             (
-                f"recllm build instructions toys --split loo {options} --targets-per-user 0 "
-                f"--parts train valid test --candidates {LISTS} --name {way}",
+                f"recllm build instructions toys --split loo {options} --targets-per-user 6 "
+                f"--negatives 3 --parts train valid test --candidates {LISTS} --name {way}",
                 f"{name}/manifest.json",
             ),
             (

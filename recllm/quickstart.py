@@ -32,7 +32,7 @@ class QuickstartOptions:
     """Its items."""
     seed: int = 0
     """Seed of the toy world and of training."""
-    max_steps: int = 280
+    max_steps: int = 220
     """Optimizer steps of fine-tuning."""
 
 
@@ -131,7 +131,7 @@ def _steps(options: QuickstartOptions) -> Iterator[Step]:
     )
     yield recllm(
         "instruction rows with four-step chain of thought",
-        "build instructions toys --split loo --form cot --history 3 --targets-per-user 0 "
+        "build instructions toys --split loo --form cot --history 3 --targets-per-user 4 --negatives 3 "
         f"--parts train valid test --candidates {CANDIDATES} --name cot",
         "toys/instructions/cot/manifest.json",
     )
@@ -156,8 +156,7 @@ def _steps(options: QuickstartOptions) -> Iterator[Step]:
     )
     yield recllm(
         "the same model before fine-tuning",
-        "score yes-no toys/instructions/cot --model tiny --quantization nf4 --visual-store auto "
-        "--name untrained",
+        "score yes-no toys/instructions/cot --model tiny --visual-store auto --name untrained",
         "scores/untrained.parquet",
     )
     yield recllm(
