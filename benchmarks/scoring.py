@@ -7,9 +7,12 @@ random tokens, of which a user's candidates share a history of H tokens and have
 `YesNoScorer` from tokens to margins; `one by one` and `batched` put each candidate's whole prompt through
 `model(**inputs).logits`, alone or 10 at a time, and read the margin at the last position. Rounds are
 interleaved, figures are medians; every contender must give the same margins within 1e-4. `bound` is the ratio
-of token counts, N(H + C) / (H + NC).
+of token counts, N(H + C) / (H + NC). In bfloat16, where both round, `rank_correlation` is Spearman's between
+the margins of the main setting: shared against whole prompts, and each against float32.
 
     python benchmarks/scoring.py --smoke     two small settings, nothing written
+
+Writes results/scoring.json, and results/scoring.svg, a plot of the ratios.
 """
 
 import statistics
@@ -29,6 +32,7 @@ from recllm.mllm.tiny.architecture import Shape, build_random
 from recllm.runs import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "scoring.json"
+PLOT = RESULTS.with_suffix(".svg")
 SMOKE = "--smoke" in sys.argv
 SHAPE = Shape(layers=8, hidden=256, intermediate=1024, heads=8, kv_heads=4, rope_sections=(4, 6, 6))
 MAIN = (1000, 40, 50)
@@ -92,6 +96,45 @@ def measure(loaded, scorer, session, setting: tuple[int, int, int], rounds: int)
     return {**names, "seconds": median, "ratio": ratios, "bound": bound, "largest_difference": error}
 
 
+def rank_correlations(folder: Path, exact: torch.Tensor, setting: tuple[int, int, int]) -> dict[str, float]:
+    """Scores in bfloat16 and returns how the order of candidates compares."""
+    from scipy.stats import spearmanr
+
+    loaded = load(folder, dtype="bfloat16")
+    scorer = YesNoScorer(loaded)
+    with scorer.session() as session:
+        scorers = contenders(loaded, scorer, session, make_prompts(*setting))
+        ours, whole = scorers["ours"](), scorers["one by one"]().float()
+    pairs = {
+        "ours, one by one": (ours, whole),
+        "ours, float32": (ours, exact),
+        "one by one, float32": (whole, exact),
+    }
+    return {name: float(spearmanr(*pair).statistic) for name, pair in pairs.items()}
+
+
+def plot(grid: list[dict]) -> None:
+    """Draws the ratio over one by one beside its bound: over the history's length, a line for each N."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for count in dict.fromkeys(line["candidates"] for line in grid):
+        lines = [line for line in grid if line["candidates"] == count]
+        histories = [line["history"] for line in lines]
+        (drawn,) = axes.plot(
+            histories, [line["ratio"]["one by one"] for line in lines], "o-", label=f"N = {count}"
+        )
+        axes.plot(histories, [line["bound"] for line in lines], ":", color=drawn.get_color())
+    axes.set(xscale="log", yscale="log", xlabel="tokens of history, H", ylabel="time of one by one / ours")
+    axes.set_title(f"Candidates of {grid[0]['candidate']} tokens; dotted: ratio of token counts", fontsize=10)
+    axes.legend()
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         build_random(SHAPE, Path(folder) / "model")
@@ -102,6 +145,9 @@ def main() -> None:
                 measure(loaded, scorer, session, setting, ROUNDS[place == 0])
                 for place, setting in enumerate(SETTINGS)
             ]
+            exact = contenders(loaded, scorer, session, make_prompts(*SETTINGS[0]))["one by one"]()
+        correlations = rank_correlations(Path(folder) / "model", exact, SETTINGS[0])
+    print("bfloat16, rank correlation:", correlations)
     if SMOKE:
         return
     content = {
@@ -115,10 +161,12 @@ def main() -> None:
             "rows_together": TOGETHER,
             "batch_tokens": scorer.batch_tokens,
         },
+        "rank_correlation": correlations,
         "figures": figures[0],
         "grid": figures[1:],
     }
     write_json(RESULTS, content)
+    plot(figures[1:])
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def prepare(setting: Setting, folder: Path) -> dict:
     from recllm.data.splits import SplitOptions, make_split
     from recllm.data.toyworld import generate
     from recllm.mllm.tiny import build_random
+    from recllm.mllm.visual_folder import open_visual_store
     from recllm.training.rows import training_rows
-    from recllm.training.stores import open_visual_store
 
     dataset = generate(users=max(40, setting.rows), items=120).write(folder / "world")
     make_split(dataset, SplitOptions(dataset.folder, "loo"))
@@ -149,11 +149,11 @@ class NoValidation:
 
 def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, who: str):
     """Returns the trainer of `recipes/sft.py`."""
+    from recllm.mllm.visual_folder import open_visual_store
     from recllm.training.folder import RunFolder
     from recllm.training.options import SFTOptions
     from recllm.training.rows import open_part, training_rows
     from recllm.training.sft import TrainingData, load_model, make_trainer
-    from recllm.training.stores import open_visual_store
 
     instructions = folder / "world" / INSTRUCTIONS
     options = SFTOptions(

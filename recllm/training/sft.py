@@ -116,8 +116,8 @@ def load_data(options: SFTOptions, run: RunFolder, model: TrainableModel) -> Tra
     Raises:
         DataError: Files are missing or changed, a row cannot be used, or validation has no candidate lists.
     """
+    from recllm.mllm.visual_folder import open_visual_store
     from recllm.training.rows import open_part, training_rows
-    from recllm.training.stores import open_visual_store
     from recllm.training.validation import Validation
 
     parts = open_part(run.instructions, "train"), open_part(run.valid_instructions, "valid")

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from recllm.errors import DataError
 from recllm.mllm.loading import load
 from recllm.mllm.scoring import YesNoScorer, score_table
+from recllm.mllm.scoring.command import score_yes_no
+from recllm.mllm.scoring.options import YesNoOptions
 from recllm.training.journal import read_log
 from recllm.training.sft import run_sft
 from recllm.training.validation import Validation
@@ -162,3 +164,19 @@ def test_what_is_missing_is_named(sft, world, tmp_path):
         write_part(folder, part, rows.filter(pl.col("label") == 1))
     with pytest.raises(DataError, match="targets without candidates"):
         run_sft(sft("without-lists"))
+
+
+def test_scoring_reads_the_visual_store_that_training_made(sft, world, tmp_path):
+    dataset = shutil.copytree(world, tmp_path / "world")
+    instructions = dataset / "instructions" / "plain"
+    run = run_sft(sft(instructions=str(instructions), visual_store="auto", max_steps=1))
+    (store,) = (dataset / "visual").iterdir()
+    scores = {}
+    for choice in (None, "auto"):
+        options = YesNoOptions(
+            instructions, run=run, part="valid", visual_store=choice, out=tmp_path / str(choice)
+        )
+        score_yes_no(options)
+        scores[choice] = pl.read_parquet(tmp_path / str(choice) / "scores" / "run-valid.parquet")
+    assert [*(dataset / "visual").iterdir()] == [store]
+    assert (scores[None]["score"] - scores["auto"]["score"]).abs().max() < 1e-4

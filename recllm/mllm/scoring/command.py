@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from recllm.data.dataset import Dataset, describe_file
+from recllm.data.dataset import describe_file
 from recllm.errors import DataError
 from recllm.files import read_json
 from recllm.mllm import ranks
-from recllm.mllm.images import resolve_image
 from recllm.mllm.loading import LoadOptions
 from recllm.mllm.scoring.options import YesNoOptions
 
@@ -183,25 +181,14 @@ def _check(options: YesNoOptions) -> None:
         raise DataError(f"--name {name!r}: expected a plain word, which is part of a file's name")
 
 
-def _visual_store(named: str, loaded: LoadedModel, dataset: Path) -> VisualStore:
-    from recllm.mllm.visual_store import VisualStore, build_visual_store
-    from recllm.mllm.visual_tower import store_identity
+def _visual_store(choice: str, loaded: LoadedModel, dataset: Path) -> VisualStore:
+    from recllm.mllm.visual_folder import open_visual_store
 
-    if named != "auto":
-        if not Path(named).is_dir():
-            raise DataError(f"--visual-store {named}: no such folder; `auto` makes one below the dataset")
-        return VisualStore.open(Path(named), loaded.model, loaded.processor)
-    identity = store_identity(loaded.model, loaded.processor)
-    fingerprint = hashlib.sha256("".join(sorted(identity.values())).encode()).hexdigest()[:16]
-    folder = dataset / "visual" / fingerprint
     ranks.connect()
-    if ranks.rank() == 0 and not folder.exists():
-        shown = Dataset.open(dataset).items["images"].explode(empty_as_null=True).drop_nulls().unique()
-        paths = [resolve_image(dataset, path) for path in shown.sort()]
-        dtype = str(loaded.model.dtype).removeprefix("torch.")
-        build_visual_store(loaded.model, loaded.processor, paths, folder, dtype=dtype)
+    if ranks.rank() == 0:
+        open_visual_store(choice, loaded, dataset)
     ranks.sum_over_ranks([0])  # the store is there
-    return VisualStore.open(folder, loaded.model, loaded.processor)
+    return open_visual_store(choice, loaded, dataset)
 
 
 def _with_steps(

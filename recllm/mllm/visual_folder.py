@@ -1,4 +1,4 @@
-"""The visual store of a run: given, or made for the whole catalog where it is not there."""
+"""The visual store of a dataset: named, or made for the whole catalog where it is not there."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def open_visual_store(choice: str, loaded: LoadedModel, dataset: Path) -> Visual
     """
     model, processor = loaded.model, loaded.processor
     if choice != "auto":
+        if not Path(choice).is_dir():
+            raise DataError(f"--visual-store {choice}: no such folder; `auto` makes one below the dataset")
         return VisualStore.open(Path(choice), model, processor)
     identity = store_identity(model, processor)
     dtype = str(loaded.base_model.dtype).removeprefix("torch.")
