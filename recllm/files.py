@@ -18,11 +18,13 @@ from typing import Any
 
 from recllm.errors import BusyError, DataError
 
+DATASET = "dataset"
+"""The kind of a dataset's folder, whose manifest has a `format` instead."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(out: Path, *, kind: str | None = None, overwrite: bool = False) -> Iterator[Path]:
     """Yields an empty folder beside `out` that becomes `out` when the block ends without an exception.
 
     The staging folder is `.<name>.partial`. It is locked while in use, so a second writer of the same `out`
@@ -31,6 +33,8 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Args:
         out: The folder to make.
+        kind: What is made, as its `manifest.json` says; a folder of another kind is not replaced. None where
+            `out` cannot be anything else.
         overwrite: Replace `out` where it exists: an empty folder, or one with a `manifest.json`, which recllm
             made; nothing else is ever replaced. Its old content stays in place until the new one is complete.
 
@@ -39,7 +43,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         written.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a symbolic link at `out`
-    _check_free(out, overwrite)
+    _check_free(out, kind, overwrite)
     made_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +55,7 @@ def staged_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
         _empty(staging)
         yield staging
         _sync_tree(staging)
-        _check_free(out, overwrite)
+        _check_free(out, kind, overwrite)
         if out.exists():
             _exchange(staging, out)
             shutil.rmtree(staging, ignore_errors=True)
@@ -140,7 +144,7 @@ def _exchange(new: Path, old: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _check_free(out: Path, overwrite: bool) -> None:
+def _check_free(out: Path, kind: str | None, overwrite: bool) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
@@ -155,6 +159,13 @@ def _check_free(out: Path, overwrite: bool) -> None:
             f"{out} was not made by recllm (no manifest.json in it, or it is a link), so --overwrite does "
             "not replace it; remove it yourself, or give another folder."
         )
+    if kind is not None and any(out.iterdir()):
+        manifest = read_json(out / "manifest.json", "a folder that recllm made")
+        found = manifest.get("kind", DATASET if "format" in manifest else "folder of another kind")
+        if found != kind:
+            raise DataError(
+                f"{out} is a {found}, which --overwrite does not replace by a {kind}; give another folder."
+            )
 
 
 def _lock_folder(staging: Path, out: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -122,6 +123,24 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(RuntimeError):
         write_file(path, fail)
     assert path.read_text() == '{\n  "old": 1\n}\n' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_overwrite_replaces_no_folder_of_another_kind(tmp_path):
+    for content in ({"kind": "sft run"}, {"format": 1}, {"protocol": "loo"}, {"kind": "report"}):
+        out = tmp_path / "out"
+        out.mkdir(exist_ok=True)
+        (out / "manifest.json").write_text(json.dumps(content))
+        if content == {"kind": "report"}:
+            with staged_folder(out, kind="report", overwrite=True) as staging:
+                (staging / "new").touch()
+            assert (out / "new").exists()
+            continue
+        with (
+            pytest.raises(DataError, match="does not replace by a report"),
+            staged_folder(out, kind="report", overwrite=True),
+        ):
+            pytest.fail("it got in")
+        assert json.loads((out / "manifest.json").read_text()) == content
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])

@@ -233,7 +233,10 @@ def read_candidates(split: Split, name: str, part: str) -> tuple[dict[tuple[str,
             raise DataError(f"{path}: user {user!r}, item {item!r}: no such item in {split.dataset.folder}")
         if not label:
             negatives.append(code_of[item])
-    return lists, f"{split.protocol}/{name}"
+    metadata = pl.read_parquet_metadata(path)
+    if "recllm.protocol" not in metadata:
+        raise DataError(f"{path} names no protocol; make the candidates again with `recllm data candidates`")
+    return lists, metadata["recllm.protocol"]
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]], block: int = 2048) -> None:

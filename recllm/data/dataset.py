@@ -15,7 +15,7 @@ from recllm.data import schema
 from recllm.data.coding import UNKNOWN, encode
 from recllm.data.image_files import check_image_paths
 from recllm.errors import DataError
-from recllm.files import read_json, sha256, staged_folder, write_json
+from recllm.files import DATASET, read_json, sha256, staged_folder, write_json
 from recllm.runs import describe_run
 
 FORMAT = 1
@@ -211,7 +211,7 @@ def write_dataset(
     Raises:
         DataError: The tables are not valid together, `out` exists, or the disk is full.
     """
-    with staged_folder(Path(out), overwrite=overwrite) as folder:
+    with staged_folder(Path(out), kind=DATASET, overwrite=overwrite) as folder:
         for name, frame in (("items", items), ("interactions", interactions), ("users", users)):
             schema.complete(frame.lazy(), name).sink_parquet(folder / f"{name}.parquet", engine="streaming")
         if stage is not None:

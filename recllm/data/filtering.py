@@ -14,7 +14,7 @@ from recllm.data.coding import recode
 from recllm.data.dataset import Dataset, finish_dataset
 from recllm.data.image_files import copy_image
 from recllm.errors import DataError
-from recllm.files import staged_folder
+from recllm.files import DATASET, staged_folder
 
 
 @dataclass
@@ -112,7 +112,7 @@ def filter_dataset(dataset: Dataset, options: FilterOptions) -> Dataset:
 
     users_kept = np.bincount(dataset.user_codes[core], minlength=len(dataset.users)) > 0
     items_kept &= np.bincount(dataset.item_codes[core], minlength=len(dataset.items)) >= options.item_core
-    with staged_folder(options.out, overwrite=options.overwrite) as folder:
+    with staged_folder(options.out, kind=DATASET, overwrite=options.overwrite) as folder:
         items = dataset.items.filter(pl.Series(items_kept))
         items.write_parquet(folder / "items.parquet")
         dataset.users.filter(pl.Series(users_kept)).write_parquet(folder / "users.parquet")

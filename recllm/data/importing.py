@@ -19,7 +19,7 @@ from recllm.data.raw.findings import SHOWN, Findings
 from recllm.data.raw.tables import RawDataset, images_by_item
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
-from recllm.files import staged_folder
+from recllm.files import DATASET, staged_folder
 
 
 def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
@@ -42,7 +42,7 @@ def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
         except UnicodeEncodeError:
             raise DataError(f"{str(path)!r}: a name with bytes that are not UTF-8; rename it") from None
     findings = Findings(strict=options.strict)
-    with staged_folder(options.out, overwrite=options.overwrite) as folder:
+    with staged_folder(options.out, kind=DATASET, overwrite=options.overwrite) as folder:
         workspace = folder / ".workspace"
         raw = options.read(findings, workspace)
         if "timestamp" not in raw.interactions.frame.collect_schema():

@@ -20,6 +20,8 @@ from recllm.report.text import clean, escape, plural, shown_names
 from recllm.report.training import training_section
 from recllm.runs import describe_run
 
+KIND = "report"
+
 
 def report(options: ReportOptions) -> Path:
     """Runs `ReportOptions`; returns the page that it wrote.
@@ -44,7 +46,7 @@ def report(options: ReportOptions) -> Path:
         _sections(options, inputs, table, ablation, shown, ledger),
     )
     out = options.out or Path("reports") / _name(inputs)
-    with staged_folder(out, overwrite=options.overwrite) as folder:
+    with staged_folder(out, kind=KIND, overwrite=options.overwrite) as folder:
         (folder / "report.html").write_text(html, encoding="utf-8")
         tables.write(table, folder, "metrics")
         if ablation is not None:
@@ -54,7 +56,7 @@ def report(options: ReportOptions) -> Path:
             (folder / "figures" / f"{name}.svg").write_text(svg, encoding="utf-8")
         write_json(folder / "sources.json", ledger.entries)
         settings = {name: _plain(value) for name, value in vars(options).items()}
-        write_json(folder / MANIFEST, {"kind": "report", "settings": settings, "run": describe_run()})
+        write_json(folder / MANIFEST, {"kind": KIND, "settings": settings, "run": describe_run()})
     print(f"{out / 'report.html'}: open it in any browser; {plural(len(ledger.figures), 'figure')}")
     return out / "report.html"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import shutil
 from dataclasses import astuple, dataclass, replace
@@ -73,11 +74,14 @@ def open_run(options: SFTOptions) -> RunFolder:
     if options.instructions is None:
         raise DataError("--instructions is missing: give a folder made by `recllm build instructions`")
     _check_reports(options)
+    _check_optimizer(options)
     instructions = Path(options.instructions)
     path = options.out or Path("runs") / f"{Path(options.model).name}-{options.method}-{instructions.name}"
     run = RunFolder(Path(path), instructions, options.valid_instructions or instructions)
     if _begun(run.path) and not options.overwrite:
         run = _resumed(options, run)
+    elif options.resume not in ("auto", "none"):
+        raise DataError(f"--resume {options.resume}: there is no run in {run.path} to go on with")
     sum_over_ranks([0])  # all ranks have looked before rank 0 changes anything
     if rank() == 0 and run.finished:
         print(f"{run.path} is finished; --overwrite trains it again")
@@ -149,6 +153,15 @@ def _draw_and_describe(path: Path) -> None:
 
     draw_curves(path)
     write_card(path)
+
+
+def _check_optimizer(options: SFTOptions) -> None:
+    from transformers.training_args import OptimizerNames
+
+    known = [name.value for name in OptimizerNames]
+    if options.optimizer not in known:
+        nearest = difflib.get_close_matches(options.optimizer, known, 3, 0)
+        raise DataError(f"--optimizer {options.optimizer!r}: unknown; did you mean {' or '.join(nearest)}?")
 
 
 def _begun(path: Path) -> bool:

@@ -152,13 +152,16 @@ class SFTOptions:
             if getattr(self, name) is not None:
                 self._at_least(name, 1)
         self._at_least("workers", 0)
+        if not 0 <= self.seed < 2**32:
+            raise DataError(f"--seed {self.seed}: expected 0 to 4294967295")
         for name in ("epochs", "learning_rate", "valid_every", "max_grad_norm"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise DataError(f"--{_flag(name)} {getattr(self, name)}: expected a number above 0")
         if not 0 <= self.lora_dropout < 1:
             raise DataError(f"--lora-dropout {self.lora_dropout}: expected 0 or more, and below 1")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise DataError("--warmup and --weight-decay: expected 0 or more")
+        for name in ("warmup", "weight_decay"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise DataError(f"--{_flag(name)} {getattr(self, name)}: expected 0 or more")
         if not (self.train_language or self.train_projector or self.train_vision or self.train_embeddings):
             raise DataError(
                 "nothing is to train: allow --train-language, --train-projector or --train-vision"

@@ -149,6 +149,8 @@ def _fingerprint(loaded: LoadedModel, part: InstructionPart, limit: int | None) 
     }
     digest.update(json.dumps(content, sort_keys=True, default=str).encode())
     with contextlib.suppress(AttributeError):  # a tokenizer without the fast library has no such text
-        digest.update(loaded.tokenizer.backend_tokenizer.to_str().encode())
+        tokenizer = json.loads(loaded.tokenizer.backend_tokenizer.to_str())
+        unset = {"padding": None, "truncation": None}  # which every call of the tokenizer sets anew
+        digest.update(json.dumps(tokenizer | unset, sort_keys=True).encode())
     digest.update(json.dumps(sorted(loaded.tokenizer.get_vocab().items())).encode())
     return digest.hexdigest()[:16]

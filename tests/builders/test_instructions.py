@@ -226,7 +226,7 @@ def test_candidates_of_a_file_become_rows(world):
     key = ["user", "target", "item", "label"]
     assert sorted(tuple(row[k] for k in key) for row in rows) == sorted(expected.select(key).rows())
     manifest = json.loads((world.folder / "instructions/loo-plain-valid/manifest.json").read_text())
-    assert manifest["protocols"] == {"valid": "loo/1+4-uniform-seed42"}
+    assert manifest["protocols"] == {"valid": "loo/1+4-uniform-seed42/valid"}
     with pytest.raises(DataError, match="does not exist"):
         build_instructions(InstructionOptions(world.folder, parts=("valid",), candidates="1+9", name="x"))
     path = split.folder / "candidates/1+4-uniform-seed42/valid.parquet"

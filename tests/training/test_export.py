@@ -172,19 +172,47 @@ def test_an_adapter_that_does_nothing_fails(lora_run: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+def one_off(margins: np.ndarray) -> np.ndarray:
+    """One margin by a third."""
+    return margins + 0.3 * (np.arange(len(margins)) == 2)
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize("spoil", [lambda margins: -10 * margins, one_off, lambda margins: margins + 0.3])
 def test_stored_margins_of_another_model_fail_and_the_old_export_stays(
-    method: str, runs: dict[str, Path], tmp_path: Path
+    method: str, spoil: Any, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     run, out = copied(runs[method], tmp_path), tmp_path / "out"
     out.mkdir()
     (out / "manifest.json").write_text('{"kind": "exported model"}')
     probes = pl.read_parquet(run / "probes.parquet")
-    probes.with_columns(margin=-10 * pl.col("margin")).write_parquet(run / "probes.parquet")
-    with pytest.raises(DataError, match="does not score the stored prompts as the run did"):
+    margins = pl.Series(spoil(probes["margin"].to_numpy()))
+    probes.with_columns(margin=margins).write_parquet(run / "probes.parquet")
+    with pytest.raises(DataError, match="no longer scores its stored prompts as it did"):
         export(ExportOptions(run, out, overwrite=True))
     assert [path.name for path in out.iterdir()] == ["manifest.json"]
     assert {path.name for path in tmp_path.iterdir()} == {run.name, "out"}
+
+
+def test_an_adapter_that_was_changed_fails(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = copied(runs["qlora"], tmp_path)
+    change_adapter(
+        run, lambda tensors: {name: each * (3 if "lora_B" in name else 1) for name, each in tensors.items()}
+    )
+    with pytest.raises(DataError, match="no longer scores its stored prompts"):
+        export(ExportOptions(run, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("tolerance", [-1.0, float("nan"), float("inf")])
+def test_a_tolerance_that_is_none_is_refused(lora_run: Path, tmp_path: Path, tolerance: float) -> None:
+    with pytest.raises(DataError, match="expected 0 or more"):
+        export(ExportOptions(lora_run, tmp_path / "out", tolerance=tolerance))
+
+
+def test_a_run_is_not_replaced_by_its_export(lora_run: Path) -> None:
+    with pytest.raises(DataError, match="is a sft run"):
+        export(ExportOptions(lora_run, lora_run, overwrite=True))
+    assert (lora_run / "adapter_model.safetensors").is_file()
 
 
 def test_what_exists_is_not_replaced_unasked_and_what_is_no_run_is_refused(

@@ -151,6 +151,16 @@ def test_folders_are_not_overwritten_by_mistake(sft, tmp_path):
 def test_what_is_missing_is_named(sft, world, tmp_path):
     options = sft()
     options.instructions = None
+    for option, value, said in (
+        ("seed", -5, "expected 0 to"),
+        ("weight_decay", float("nan"), "expected 0 or more"),
+        ("warmup", float("nan"), "expected 0 or more"),
+        ("optimizer", "adam_torch", "did you mean adamw_torch"),
+        ("resume", "nowhere", "there is no run in"),
+    ):
+        with pytest.raises(DataError, match=f"--{option.replace('_', '-')}.*{said}"):
+            run_sft(sft(out="refused", **{option: value}))
+        assert not (tmp_path / "refused").exists()
     with pytest.raises(DataError, match="--instructions is missing"):
         run_sft(options)
     options.instructions = tmp_path

@@ -24,6 +24,30 @@ DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
+class Rows:
+    """Suffixes of one group as rows, in blocks of similar length.
+
+    Attributes:
+        blocks: Of each block, the packed token at each place of its rows, counted from the first suffix;
+            (suffixes, longest), 0 where there is none.
+        places: Of each block, where its tokens are in the flattened rows.
+        order: Where each packed token is in the blocks' tokens, one block after the other; None for as it is.
+    """
+
+    blocks: list[torch.Tensor]
+    places: list[torch.Tensor]
+    order: torch.Tensor | None
+
+    def packed(self, found: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Returns what was found for each block, (suffixes, heads, longest, ...), as (heads, tokens, ...)."""
+        parts = [
+            rows.transpose(0, 1).flatten(1, 2)[:, places]
+            for rows, places in zip(found, self.places, strict=True)
+        ]
+        return parts[0] if self.order is None else torch.cat(parts, 1)[:, self.order]
+
+
+@dataclass(frozen=True)
 class GroupLayout:
     """One group's place in a row of packed tokens: its prefix, then its suffixes, one after the other.
 
@@ -36,7 +60,7 @@ class GroupLayout:
     start: int
     prefix: int
     suffixes: tuple[int, ...]
-    _on: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, compare=False)
+    _on: dict[torch.device, Rows] = field(default_factory=dict, compare=False)
 
     @property
     def suffix_start(self) -> int:
@@ -48,21 +72,32 @@ class GroupLayout:
         """One past the last token."""
         return self.suffix_start + sum(self.suffixes)
 
-    def places(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns how suffixes are laid out as rows, padded on the right, and back.
-
-        Returns:
-            (suffixes, longest): the packed token (counted from the first suffix) at each place of the rows,
-            0 where there is none; and (tokens): the place of each packed token in the flattened rows.
-        """
+    def rows(self, device: torch.device) -> Rows:
+        """Returns how suffixes are laid out as rows, padded on the right, and back; see `Rows`."""
         if device not in self._on:
             lengths = torch.tensor(self.suffixes)
             starts = lengths.cumsum(0) - lengths
-            columns = torch.arange(max(self.suffixes))
-            used = columns < lengths[:, None]
-            tokens = torch.where(used, starts[:, None] + columns, 0)
-            self._on[device] = tokens.to(device), used.flatten().nonzero()[:, 0].to(device)
+            blocks, places, packed = [], [], []
+            for members in _of_similar_length(self.suffixes):
+                columns = torch.arange(int(lengths[members].max()))
+                used = columns < lengths[members, None]
+                tokens = torch.where(used, starts[members, None] + columns, 0)
+                blocks.append(tokens.to(device))
+                places.append(used.flatten().nonzero()[:, 0].to(device))
+                packed.append(tokens[used])
+            order = torch.cat(packed).argsort().to(device) if len(blocks) > 1 else None
+            self._on[device] = Rows(blocks, places, order)
         return self._on[device]
+
+
+def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Returns the numbers of the suffixes in blocks, in each of which padding is less than two thirds."""
+    blocks: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        if not blocks or 3 * lengths[number] < lengths[blocks[-1][0]]:
+            blocks.append([])
+        blocks[-1].append(number)
+    return [sorted(block) for block in blocks]
 
 
 @contextmanager
@@ -143,16 +178,17 @@ def _attend_in_training(
     for group, prefix, own in zip(layout, pieces[::2], pieces[1::2], strict=True):
         if group.prefix:
             outputs.append(attention(*prefix, is_causal=True)[0])
-        tokens, back = group.places(query.device)
-        rows, longest = tokens.shape
-        asking, *answering = (part[0][:, tokens].transpose(0, 1) for part in own)
-        answering = [
-            torch.cat([before.expand(rows, -1, -1, -1), suffixes], 2)
-            for before, suffixes in zip(prefix[1:], answering, strict=True)
-        ]  # (suffixes, heads, prefix + longest, width)
-        seen = torch.ones(longest, group.prefix + longest, dtype=torch.bool, device=query.device)
-        found = attention(asking, *answering, attn_mask=seen.tril(group.prefix))
-        outputs.append(found.transpose(0, 1).flatten(1, 2)[:, back])
+        rows, found = group.rows(query.device), []
+        for tokens in rows.blocks:
+            count, longest = tokens.shape
+            asking, *answering = (part[0][:, tokens].transpose(0, 1) for part in own)
+            answering = [
+                torch.cat([before.expand(count, -1, -1, -1), suffixes], 2)
+                for before, suffixes in zip(prefix[1:], answering, strict=True)
+            ]  # (suffixes, heads, prefix + longest, width)
+            seen = torch.ones(longest, group.prefix + longest, dtype=torch.bool, device=query.device)
+            found.append(attention(asking, *answering, attn_mask=seen.tril(group.prefix)))
+        outputs.append(rows.packed(found))
     return torch.cat(outputs, 1).transpose(0, 1)
 
 
@@ -172,15 +208,16 @@ def _among_themselves(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, group: GroupLayout, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each suffix's attention to itself; (heads, tokens, width) and its log-sum-exp, (heads, tokens)."""
-    tokens, back = group.places(query.device)
+    layout = group.rows(query.device)
     repeats = len(query) // len(key)
-    rows = [
-        part.repeat_interleave(times, 0)[:, tokens].transpose(0, 1)  # (suffixes, heads, longest, width)
-        for part, times in ((query, 1), (key, repeats), (value, repeats))
-    ]
-    output, lse = _with_lse(*rows, scaling, causal=True)
-    output = output.transpose(0, 1).flatten(1, 2)[:, back]
-    return output, lse.transpose(0, 1).flatten(1, 2)[:, back]
+    whole = query, key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
+    outputs, lses = [], []
+    for tokens in layout.blocks:
+        rows = [part[:, tokens].transpose(0, 1) for part in whole]  # (suffixes, heads, longest, width)
+        output, lse = _with_lse(*rows, scaling, causal=True)
+        outputs.append(output)
+        lses.append(lse)
+    return layout.packed(outputs), layout.packed(lses)
 
 
 def _all_of(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from recllm.files import write_file
 from recllm.mllm import ranks
-from recllm.mllm.scoring.prompts import PromptReader, group_rows, image_sizes, units_of
+from recllm.mllm.scoring.prompts import PromptReader, digest_of_images, group_rows, image_sizes, units_of
 from recllm.mllm.scoring.scorer import YesNoScorer
 from recllm.mllm.scoring.shards import ScoreShards
 from recllm.mllm.scoring.tables import unit_reader
@@ -88,7 +88,7 @@ def score_into(
     groups = group_rows(rows)
     shards = ScoreShards(out.parent / f".{out.stem}.scoring")
     if ranks.rank() == 0:
-        job = {**job, "scorer": scorer.identity}
+        job = {**job, "images": digest_of_images(rows, folder), "scorer": scorer.identity}
         ScoreShards.prepare(shards.folder, job, scorer.batch_tokens, overwrite=overwrite)
     ranks.sum_over_ranks([0])  # the folder is there
     scorer.batch_tokens = shards.batch_tokens

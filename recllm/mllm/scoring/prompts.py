@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recllm.errors import DataError
+from recllm.files import sha256
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
 from recllm.mllm.images import ImageError, image_size, map_in_threads, resolve_image
 from recllm.mllm.rendering import expand, render
@@ -123,6 +125,18 @@ def image_sizes(rows: pl.DataFrame, folder: Path, workers: int = 2) -> dict[str,
             "build the instructions again, which leaves unusable images out."
         )
     return found
+
+
+def digest_of_images(rows: pl.DataFrame, folder: Path, workers: int = 2) -> str:
+    """Returns a hash of the contents of all images of the rows; what is no file counts as such."""
+
+    def content(path: str) -> str:
+        file = resolve_image(folder, path)
+        return f"{path} {sha256(file) if file.is_file() else None}"
+
+    shown = rows["images"].explode(empty_as_null=True).drop_nulls().unique().sort()
+    lines = (line for _, line in map_in_threads(content, shown, workers))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 class PromptReader:

@@ -144,6 +144,12 @@ def test_a_resumed_run_scores_what_is_missing_and_heeds_the_settings(world, scor
     other = YesNoScorer(scorer.loaded, yes=("s",), no=("n",))
     with pytest.raises(DataError, match=r"\(scorer differ\)"):
         into(other, world, out)
+    (image, *_) = sorted((world[1] / "images").iterdir())
+    before = image.read_bytes()
+    image.write_bytes(before + b"another picture")
+    with pytest.raises(DataError, match=r"\(images differ\)"):
+        into(scorer, world, out)
+    image.write_bytes(before)
     with shard.open("ab") as file:
         file.write(b'{"rows":[0,1],"mar')  # torn
     assert into(scorer, world, out).scored == world[2].height - sum(begun)
