@@ -13,7 +13,6 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,7 +59,6 @@ class Config:
 
 
 def main(config: Config) -> None:
-    begun = time.monotonic()
     found: dict[str, dict[str, list[float]]] = {}
     for seed in config.seeds:
         folder = config.work / f"seed{seed}"
@@ -90,7 +88,6 @@ def main(config: Config) -> None:
             "rows": config.rows,
             "figures": figures,
             "commands": [shlex.join(command) for command, _ in commands(0, config.rows)],
-            "seconds": round(time.monotonic() - begun),
             "machine": describe_machine(),
             "run": describe_run(),
         },

@@ -17,8 +17,9 @@ _LOSSES = (("loss", "training"), ("eval_loss", "validation"), ("valid_loss", "va
 _RANKING = (("valid_auc", "AUC"), ("valid_ndcg@10", "NDCG@10"))
 _TOLD = (
     "model", "revision", "method", "lora_rank", "lora_alpha", "learning_rate", "schedule", "epochs",
-    "max_steps", "batch_size", "accumulation", "seed", "instructions",
+    "max_steps", "batch_size", "accumulation", "seed", "instructions", "valid_users",
 )  # fmt: skip
+_OF_ADAPTERS = {"lora_rank", "lora_alpha"}
 
 
 def training_section(inputs: Inputs, ledger: Ledger) -> Section:
@@ -79,8 +80,12 @@ def _run(run: Run, place: int, ledger: Ledger) -> str:
 def _facts(run: Run) -> list[tuple[str, str]]:
     settings = run.manifest.get("settings")
     settings = settings if isinstance(settings, Mapping) else {}
+    unused = set(_OF_ADAPTERS) if settings.get("method") == "full" else set()
+    unused |= {"epochs"} if settings.get("max_steps") is not None else set()
     pairs = [
-        (key.replace("_", " "), inline(settings[key], 120)) for key in _TOLD if settings.get(key) is not None
+        ("users validated" if key == "valid_users" else key.replace("_", " "), inline(settings[key], 120))
+        for key in _TOLD
+        if settings.get(key) is not None and key not in unused
     ]
     pairs.append(("step kept", "-" if run.best_step is None else f"{run.best_step:,.0f}"))
     steps = [step for line in run.log if (step := finite(line.get("step"))) is not None]
