@@ -3,7 +3,7 @@
 On a laptop, with the embedded model:
 
     accelerate launch --config_file recipes/launch/cpu.yaml recipes/sft.py \
-        --config recipes/configs/tiny/yes_no.yaml --instructions toys/instructions/loo-plain
+        --config recipes/configs/tiny/yes_no.yaml --instructions toys/instructions/plain
 
 On a node with GPUs (also ddp.yaml, zero3.yaml; `--num_processes` says how many):
 

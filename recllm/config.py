@@ -52,7 +52,7 @@ def parse_config(
         prog=prog,
         default=default,
         description=f"{(config.__doc__ or '').strip()}\n\nOptions can also come from YAML: --config FILE.",
-        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
+        config=(tyro.conf.OmitArgPrefixes,),
     )
 
 

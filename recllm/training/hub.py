@@ -29,7 +29,11 @@ def push_folder(folder: Path, repository: str) -> str:
 
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder to upload")
-    again = f"{folder} is complete; `hf upload {repository} {folder}` uploads it later"
+    left_out = " ".join(f"--exclude '{pattern}'" for pattern in KEPT_HERE)
+    again = (
+        f"{folder} is complete; `hf upload {repository} {folder} --private {left_out}` uploads it later, or, "
+        "for a run, the same command once more with --resume auto"
+    )
     api = HfApi()
     try:
         address = api.create_repo(repository, private=True, exist_ok=True)

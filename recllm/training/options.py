@@ -106,8 +106,8 @@ class SFTOptions:
     """Batch rows of about equal length, so that little is computed on padding."""
     share_prefixes: bool = True
     """Compute what the prompts of a user's neighboring rows have in common once, in attention of our own: the
-    same gradients for less work. Models that it has not been tried with, and --attn-implementation, do
-    without."""
+    same gradients for less work, but that dropout, if any, drops the same of it for all. Models that it has
+    not been tried with (Gemma 3), and --attn-implementation, do without."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: about 20 % slower, far less memory."""
     bf16: Literal["auto", "yes", "no"] = "auto"
@@ -164,7 +164,7 @@ class SFTOptions:
                 raise DataError(f"--{_flag(name)} {getattr(self, name)}: expected 0 or more")
         if not (self.train_language or self.train_projector or self.train_vision or self.train_embeddings):
             raise DataError(
-                "nothing is to train: allow --train-language, --train-projector or --train-vision"
+                "nothing is to train: leave out --no-train-language, or give --train-projector or -vision"
             )
         if self.train_embeddings and self.method != "full":
             raise DataError("--train-embeddings goes with --method full alone")

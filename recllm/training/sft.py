@@ -64,6 +64,10 @@ def run_sft(options: SFTOptions) -> Path:
     """
     run = open_run(options)
     if run.finished:
+        if rank() == 0 and options.push_to_hub is not None:
+            from recllm.training.hub import push_folder
+
+            push_folder(run.path, options.push_to_hub)
         return run.path
     try:
         model = load_model(options)
