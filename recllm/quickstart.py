@@ -15,6 +15,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from recllm.errors import DataError
+from recllm.files import read_json, write_json
 from recllm.recipe_files import recipe_path
 
 CANDIDATES = "1+20-uniform-seed42"
@@ -55,12 +56,13 @@ def quickstart(options: QuickstartOptions) -> Path:
     """Runs all steps that are not done yet and returns the report's path.
 
     Raises:
-        DataError: A number is too small, or a step failed (what it said stands above).
+        DataError: A number is too small, the folder is another's or was begun with other options, or a step
+            failed (what it said stands above).
     """
     for name, least in (("users", 20), ("items", 100), ("max_steps", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise DataError(f"--{name.replace('_', '-')} {getattr(options, name)}: expected {least} or more")
-    options.out.mkdir(parents=True, exist_ok=True)
+    _keep_settings(options)
     steps = list(_steps(options))
     begun = time.monotonic()
     for number, step in enumerate(steps, 1):
@@ -77,6 +79,21 @@ def quickstart(options: QuickstartOptions) -> Path:
         f"The report: {report.resolve()}"
     )
     return report
+
+
+def _keep_settings(options: QuickstartOptions) -> None:
+    """Writes the options into the folder, or compares them with those of an earlier run there."""
+    settings = {name: value for name, value in vars(options).items() if name != "out"}
+    path = options.out / "quickstart.json"
+    if path.exists():
+        before = read_json(path, "the options of an earlier quickstart")
+        if before != settings:
+            told = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in before.items())
+            raise DataError(f"{options.out} was begun with {told}: give the same, or another folder")
+    elif options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
+        raise DataError(f"{options.out} is not empty and no quickstart's: give another folder")
+    else:
+        write_json(path, settings)
 
 
 def _run(step: Step, folder: Path) -> None:

@@ -67,3 +67,17 @@ def test_a_failing_command_ends_the_chain_with_its_name(tmp_path, monkeypatch):
 def test_numbers_that_make_no_world_are_refused(tmp_path, option):
     with pytest.raises(DataError, match=f"--{option.replace('_', '-')} 0"):
         quickstart(QuickstartOptions(tmp_path, **{option: 0}))
+
+
+def test_a_folder_of_other_options_or_of_something_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(chain, "_steps", lambda options: iter(()))
+    quickstart(QuickstartOptions(tmp_path / "mine", seed=1))
+    quickstart(QuickstartOptions(tmp_path / "mine", seed=1))
+    with pytest.raises(DataError, match="was begun with .*--seed 1.*give the same"):
+        quickstart(QuickstartOptions(tmp_path / "mine"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    (tmp_path / "file").touch()
+    for name in ("other", "file"):
+        with pytest.raises(DataError, match="no quickstart's"):
+            quickstart(QuickstartOptions(tmp_path / name))
