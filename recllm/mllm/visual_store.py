@@ -201,7 +201,7 @@ class VisualStore:
             keys.append(image_key(path))
             if keys[-1] not in self:
                 reason = self.manifest["unusable"].get(
-                    str(path), "it is new, or changed since the store was built"
+                    str(path), "it is new, or changed since; remove the store and build it again"
                 )
                 raise DataError(f"image {path} is not in the visual store {self.folder}: {reason}")
         return keys
