@@ -39,11 +39,12 @@ from recllm.runs import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "sft.json"
 SMOKE = "--smoke" in sys.argv
-WARM_UP, ROUNDS = (1, 1) if SMOKE else (2, 5)
+WARM_UP, ROUNDS = (1, 1) if SMOKE else (1, 3)
 RANK, ALPHA, RATE, SEED = 16, 32, 1e-3, 0
 INSTRUCTIONS = Path("instructions", "sft")
-WAYS = tuple(
-    itertools.product(("TRL", "recllm, whole rows", "recllm", "recllm, visual store"), (False, True))
+WAYS = (
+    *itertools.product(("TRL", "recllm"), (False, True)),
+    *itertools.product(("recllm, whole rows", "recllm, visual store"), (False,)),
 )
 """Who, and whether with gradient checkpointing."""
 

@@ -27,6 +27,7 @@ from recllm.files import read_json, write_json
 from recllm.recipe_files import recipe_path
 from recllm.runs import describe_machine, describe_run
 
+ROOT = Path(__file__).parents[1]
 METRICS = ("auc", "hr@1", "hr@10", "ndcg@10", "mrr")
 LISTS = "1+20-uniform-seed42"
 BATCH = 32
@@ -87,7 +88,7 @@ def main(config: Config) -> None:
             "seeds": list(config.seeds),
             "rows": config.rows,
             "figures": figures,
-            "commands": [shlex.join(command) for command, _ in commands(0, config.rows)],
+            "commands": [shlex.join(line).replace(f"{ROOT}/", "") for line, _ in commands(0, config.rows)],
             "machine": describe_machine(),
             "run": describe_run(),
         },

@@ -15,7 +15,6 @@ import pytest
 
 from recllm.cli import COMMANDS, main
 from recllm.config import parse_config
-from recllm.data.dataset import Dataset
 from recllm.training.options import SFTOptions
 
 ROOT = Path(__file__).parents[1]
@@ -95,10 +94,11 @@ def test_the_python_in_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert "loo/1+20-uniform-seed42" in told and "loo/full/mask-seen" in told
 
 
-def test_the_notebook_in_the_readme_runs(tmp_path, capsys, tiny_path):
-    main(["data", "toyworld", "--users", "30", "--items", "60", str(tmp_path / "toys")])
+def test_the_notebook_in_the_readme_runs(tmp_path, capsys, tiny_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["data", "toyworld", "--users", "30", "--items", "60", "toys"])
     (notebook,) = [
         each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "InProcessBackend" in each
     ]
-    exec(notebook, {"dataset": Dataset.open(tmp_path / "toys")})
+    exec(notebook, {})
     assert "The image shows a" in capsys.readouterr().out
