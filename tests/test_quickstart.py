@@ -73,7 +73,7 @@ def test_a_folder_of_other_options_or_of_something_else_is_refused(tmp_path, mon
     monkeypatch.setattr(chain, "_steps", lambda options: iter(()))
     quickstart(QuickstartOptions(tmp_path / "mine", seed=1))
     quickstart(QuickstartOptions(tmp_path / "mine", seed=1))
-    with pytest.raises(DataError, match="was begun with .*--seed 1.*give the same"):
+    with pytest.raises(DataError, match=r"was begun with .*--seed 1.*give the same"):
         quickstart(QuickstartOptions(tmp_path / "mine"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
