@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint tables clean
 
 quickstart: $(VENV)/.ready
-	@echo "== quickstart (about 12 minutes on two cores, of which 4 train the embedded model once; what is finished is used again)"
+	@echo "== quickstart (about 10 minutes on two cores, of which 4 train the embedded model once; what is finished is used again)"
 	@HF_HUB_OFFLINE=1 $(BIN)/recllm quickstart quickstart
 
 test: $(VENV)/.ready
