@@ -47,6 +47,8 @@ def with_tables(readme: str) -> str:
         movielens,
         toyworld,
         finetuned,
+        scoring,
+        gpu,
         benchmarks,
         pipeline,
         growth,
