@@ -11,8 +11,8 @@ compared with TRL in the same way. On a GPU TRL 1.16 projects onto the vocabular
 does everywhere; on a CPU it projects every position, so that ratios measured on a CPU are not those of a GPU.
 `recllm` computes once what a positive and its negative begin with; its `whole rows` (--no-share-prefixes) do
 not.
-Two settings: the embedded model on short rows with one image, and random weights with the vocabulary of
-Qwen2-VL on rows of about 1,000 tokens with nine images.
+Two settings: the embedded model on short rows with one image, and with --wide also random weights with the
+vocabulary of Qwen2-VL on rows of about 1,000 tokens with nine images, which takes many minutes.
 
 A step runs from the end of the step before to its own, batch and log line included. Every contender runs in a
 process of its own, which waits for its turn after each step; figures are medians. Memory is the peak of the
@@ -39,7 +39,7 @@ from recllm.runs import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "sft.json"
 SMOKE = "--smoke" in sys.argv
-WARM_UP, ROUNDS = (1, 1) if SMOKE else (1, 3)
+WARM_UP, ROUNDS = (1, 1) if SMOKE else (2, 9)
 RANK, ALPHA, RATE, SEED = 16, 32, 1e-3, 0
 INSTRUCTIONS = Path("instructions", "sft")
 WAYS = (
@@ -83,7 +83,7 @@ WIDE = Shape(
     deviation=0.02,
 )
 SETTINGS = {"embedded": Setting(batch=16, history=3, shown="title")}
-if not SMOKE:
+if "--wide" in sys.argv:
     SETTINGS["wide"] = Setting(batch=4, history=8, shown="image", shape=WIDE)
 
 # ------------------------------------------------------------------------------------ the rows and the model

@@ -48,6 +48,7 @@ def with_tables(readme: str) -> str:
         toyworld,
         finetuned,
         scoring,
+        sft,
         gpu,
         benchmarks,
         pipeline,
