@@ -76,14 +76,21 @@ def test_any_budget_and_order_of_rows_gives_the_same_scores(small, world, seed):
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"])
-def test_a_visual_store_changes_no_score(models, world, tmp_path, family):
+def test_a_visual_store_changes_no_score_and_spares_the_tower(models, world, tmp_path, family, monkeypatch):
     folder, images = world
     loaded = load(models[family])
     paths = [(folder / image).resolve() for image in images]
     store = build_visual_store(
         loaded.model, loaded.processor, paths, tmp_path / "store", dtype="float32", progress=False
     )
-    expect_equal(YesNoScorer(loaded, visual_store=store, **FORMS), make_rows(images, users=6), folder)
+    rows = make_rows(images, users=6)
+    expected = score_table(YesNoScorer(loaded, **FORMS), rows, folder)["margin"]
+    monkeypatch.setattr("recllm.mllm.scoring.scorer.EncodedImages", None)  # nothing is encoded any more
+    stored = YesNoScorer(loaded, visual_store=store, **FORMS)
+    expect_equal(stored, rows, folder)
+    found = score_table(stored, rows, folder)["margin"]
+    assert expected.std() > 0
+    np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 def test_adapters_and_four_bits_score_as_one_by_one(models, world, tmp_path):
