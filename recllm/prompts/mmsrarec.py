@@ -31,10 +31,10 @@ TEXT_KEYWORDS = Template(
 
 TEMPLATES = (IMAGE_KEYWORDS, TEXT_KEYWORDS)
 
-_SEPARATORS = re.compile(r"[,;\n、，；•|]|\s/\s|\s-\s")
+_SEPARATORS = re.compile(r"[,;\n、，；•|]|(?<=\s)[/-](?=\s)")
 _LIST_MARK = re.compile(r"^\s*(?:[-*•–]\s*|\(?\d{1,2}[.)](?:\s+|$))")
 _LABEL = re.compile(r"^[^,;:\n]{0,60}?\b(?:keywords?|tags?|image|text)\s*:\s*", re.IGNORECASE)
-_EDGES = " \t\"'`*_.[](){}<>“”‘’«»:"
+_EDGES = " \t\"'`*_.[](){}<>“”‘’«»:/-"
 
 
 def parse_keywords(text: str, *, most: int = 12, longest: int = 60) -> list[str]:
@@ -50,7 +50,15 @@ def parse_keywords(text: str, *, most: int = 12, longest: int = 60) -> list[str]
     """
     keywords: dict[str, str] = {}
     for piece in _SEPARATORS.split(_LABEL.sub("", text)):
-        word = " ".join(_LIST_MARK.sub("", _LABEL.sub("", piece)).strip(_EDGES).split())
+        word = _bare(piece)
         if any(character.isalnum() for character in word) and len(word) <= longest:
             keywords.setdefault(word.casefold(), word)
     return list(keywords.values())[:most]
+
+
+def _bare(piece: str) -> str:
+    """Takes away labels, list marks and quotes, also where one hides another."""
+    word = " ".join(piece.split())
+    while (rest := _LIST_MARK.sub("", _LABEL.sub("", word)).strip(_EDGES)) != word:
+        word = rest
+    return word
