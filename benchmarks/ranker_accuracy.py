@@ -6,8 +6,9 @@
 DATA is the folder of the raw data (`amazon-beauty-sequences`, `amazon-baby-interactions`,
 `ml-latest-small-posters`). Every run is `recipes/train_ranker.py` with its YAML; the epoch is chosen on
 validation lists. All runs and rank records stay in WORK; what is there is not made again, and a run that was
-interrupted goes on. Beauty: leave-one-out, seen items masked and not. Baby: the 8:1:1 parts that the data
-came with, training items masked. MovieLens: leave-one-out, 1+20 candidates and the whole catalog.
+interrupted goes on. Beauty: leave-one-out, seen items masked and not; LightGCN also over the graph of
+training alone. Baby: the 8:1:1 parts that the data came with, training items masked, over the graph of
+training. MovieLens: leave-one-out, 1+20 candidates and the whole catalog.
 """
 
 from __future__ import annotations
@@ -48,8 +49,19 @@ class World:
     flags: dict[str, tuple[str, ...]]
     """Flags beside a ranker's recipe; under "" those of every ranker that reads texts or images."""
     candidates: bool = False
+    graph: str = "known"
+    """What rankers over a graph of interactions propagate over, as `recllm score ranker --graph`."""
+    also_training_graph: tuple[str, ...] = ()
+    """Rankers that also rank over the graph of training, with the first mask."""
     published: dict[str, dict[str, float]] = field(default_factory=dict)
     """The best figures that others give for a ranker on this data."""
+
+    def ways(self, ranker: str) -> dict[str, tuple[str, ...]]:
+        """Returns the flags of each way to rank the whole catalog, by its name."""
+        ways = {mask: ("--mask", mask, "--graph", self.graph) for mask in self.masks}
+        if ranker in self.also_training_graph:
+            ways["training-graph"] = ("--mask", self.masks[0], "--graph", "training")
+        return ways
 
 
 WORLDS = {
@@ -58,7 +70,8 @@ WORLDS = {
         "beauty/splits/loo",
         ("seen", "none"),
         ("sasrec", "stosa", "bert4rec", "lightgcn", "unisrec", "gru4rec"),
-        {"unisrec": ("--width", "64")},
+        {"unisrec": ("--width", "64"), "lightgcn": ("--width", "256")},  # wider: found on validation lists
+        also_training_graph=("lightgcn",),
         published={
             "sasrec": {"recall@10": 0.0688, "ndcg@10": 0.0375},  # phonism/genrec
             "bert4rec": {"recall@10": 0.0545, "ndcg@10": 0.0254},  # REVEAL, table 2
@@ -73,6 +86,7 @@ WORLDS = {
         ("train",),
         ("bpr", "lightgcn"),
         {},
+        graph="training",  # as MMRec
         published={  # MMRec's table
             "bpr": {"recall@20": 0.0575, "ndcg@20": 0.0249},
             "lightgcn": {"recall@20": 0.0754, "ndcg@20": 0.0328},
@@ -144,9 +158,9 @@ def train_and_rank(config: Config, world: World, ranker: str, seed: int) -> None
     recipe += ["--split", world.split, "--out", run, "--seed", str(seed), "--resume", "auto", *flags]
     print("$", *recipe, flush=True)
     subprocess.run([sys.executable, *recipe], cwd=config.work, check=True)
-    for mask in world.masks:
-        if not (config.work / "out" / config.world / mask / "ranks" / f"{name}.parquet").exists():
-            recllm(config.work, "score", "ranker", run, "--mask", mask, "--out", f"out/{config.world}/{mask}")
+    for way, how in world.ways(ranker).items():
+        if not (config.work / "out" / config.world / way / "ranks" / f"{name}.parquet").exists():
+            recllm(config.work, "score", "ranker", run, *how, "--out", f"out/{config.world}/{way}")
     if world.candidates and not (config.work / f"out/{config.world}/scores/{name}.parquet").exists():
         recllm(config.work, "score", "ranker", run, "--candidates", LISTS, "--out", f"out/{config.world}")
 
@@ -156,11 +170,13 @@ def collect(config: Config, world: World) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for run in sorted((config.work / "runs" / config.world).glob("*-s*")):
         ranker, _, seed = run.name.rpartition("-s")
+        if ranker not in RANKERS:
+            continue
         ranks = {
-            mask: config.work / "out" / config.world / mask / "ranks" / f"{run.name}.parquet"
-            for mask in world.masks
+            way: config.work / "out" / config.world / way / "ranks" / f"{run.name}.parquet"
+            for way in world.ways(ranker)
         }
-        if ranker not in RANKERS or not all(path.exists() for path in ranks.values()):
+        if not all(path.exists() for path in ranks.values()):
             continue
         metrics = read_json(run / "metrics.json", "a run")
         line: dict[str, Any] = {
@@ -168,7 +184,7 @@ def collect(config: Config, world: World) -> dict[str, Any]:
             "epochs": metrics["epochs"],
             "seconds_an_epoch": round(metrics["seconds_an_epoch"], 2),
             "valid": {key: round(value, 5) for key, value in metrics["valid"].items()},
-            "test": {mask: means(RankRecords.load(path), METRICS) for mask, path in ranks.items()},
+            "test": {way: means(RankRecords.load(path), METRICS) for way, path in ranks.items()},
         }
         if world.candidates:
             lists = Candidates.read(config.work / world.split / "candidates" / LISTS / "test.parquet")

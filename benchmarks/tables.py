@@ -248,6 +248,9 @@ def rankers_beauty() -> str:
         seen, bare = ([_figure(line["test"][mask][name]) for name in names] for mask in ("seen", "none"))
         known = _published(measured, ranker, names)
         rows.append([f"`{ranker}`", str(len(line["seeds"])), *seen, known, *bare])
+        if training := line["test"].get("training-graph"):
+            figures = (_figure(training[name]) for name in names)
+            rows.append([f"`{ranker}`, `--graph training`", str(len(line["seeds"])), *figures, known, "", ""])
     return table(rows)
 
 
@@ -272,6 +275,24 @@ def rankers_movielens() -> str:
         found += [_figure(line["test"][whole][name]) for name in ("recall@10", "ndcg@10")]
         rows.append([f"`{ranker}`", *found])
     return table(rows)
+
+
+def rankers() -> str:
+    """Training on Beauty against RecBole."""
+    measured = results("rankers")
+    rows = [["ranker", "", "an epoch", "best validation NDCG@10", "training until RecBole's best"]]
+    for ranker, line in measured["figures"].items():
+        to_best, ours = line["seconds_to_best"], line["our_seconds_to_it"]
+        reached = "not reached" if ours is None else f"{ours:,.0f} s ({line['time_ratio']:.1f} x faster)"
+        for name, other, cell in (("recbole", "RecBole", f"{to_best:,.0f} s"), ("recllm", "recllm", reached)):
+            figures = line[name]
+            epoch = f"{figures['seconds_an_epoch']:.1f} s"
+            if name == "recllm":
+                epoch += f" ({line['epoch_ratio']:.1f} x faster)"
+            best = f"{figures['best_ndcg@10']:.4f} (epoch {figures['best_epoch']} of {figures['epochs']})"
+            rows.append([f"`{ranker}`", other, epoch, best, cell])
+    ends = (f"{ranker}: {line['ended']}" for ranker, line in measured["figures"].items())
+    return table(rows) + f"\nRecBole was ended after ({'; '.join(ends)}).\n"
 
 
 def rankers_graph() -> str:

@@ -40,7 +40,7 @@ class LightGCNConfig:
     """d: width of users and items."""
     layers: int = 3
     """K: propagations, 1 to 4."""
-    regularization: float = 1e-4
+    regularization: float = 1e-3
     """lambda: weight of half the squares of a batch's rows of the tables, before propagation, per pair."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from recllm.data.splits import Split
+from recllm.data.splits import HeldOut, Split
 from recllm.errors import BusyError, DataError
 from recllm.files import read_json, staged_folder, write_json
 from recllm.mllm.ranks import rank, sum_over_ranks
@@ -16,7 +16,7 @@ from recllm.rankers import ranker_class
 from recllm.rankers.features import Features, image_features, text_features
 from recllm.rankers.fit import Fitted, seed_weights
 from recllm.rankers.options import TrainRankerOptions, options_class
-from recllm.rankers.ranker import Ranker
+from recllm.rankers.ranker import PairRanker, Ranker
 from recllm.rankers.saving import LAST, load_weights
 from recllm.rankers.training_data import TrainingData
 from recllm.runs import describe_run
@@ -127,7 +127,12 @@ def keep_run(options: TrainRankerOptions, run: RankerRun, fitted: Fitted, ranker
 
 
 def load_run(
-    path: Path, split: Path | None = None, *, text: str | None = None, image: str | None = None
+    path: Path,
+    split: Path | None = None,
+    *,
+    text: str | None = None,
+    image: str | None = None,
+    known_before: HeldOut | None = None,
 ) -> tuple[Ranker, RankerRun, str]:
     """Opens a run to score with.
 
@@ -136,6 +141,8 @@ def load_run(
         split: Another place of the split that it was trained on; None where it is where it was.
         text: Another place of its text features.
         image: Another place of its image features.
+        known_before: Graphs of interactions hold all that is known before the targets of this part; None:
+            training interactions, as in training.
 
     Returns:
         The ranker with its best weights, on the accelerator where there is one; the run; the ranker's name.
@@ -167,7 +174,10 @@ def load_run(
         if name not in features or features[name].fingerprint != fingerprint:
             raise DataError(f"{path} was trained with other {name} features than there are now; train again")
     data = TrainingData.of(opened, features)
-    ranker = ranker_class(options.ranker)(data, config)
+    kind, known = ranker_class(options.ranker), data
+    if known_before and issubclass(kind, PairRanker):
+        known = data.knowing(data.known_before(opened, known_before))
+    ranker = kind(known, config)
     load_weights(path, ranker)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ranker.to(device or "cpu"), RankerRun(path, opened, data, finished=True), options.ranker

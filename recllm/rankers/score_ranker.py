@@ -33,6 +33,10 @@ class ScoreRankerOptions:
     """Which targets to rank."""
     mask: Mask = "seen"
     """For full ranking, what is no candidate: seen (training, validation at test time), train, none."""
+    graph: Literal["known", "training"] = "known"
+    """What rankers over a graph of interactions propagate over. known: all that is known before the targets,
+    which is what sequence rankers read at that time. training: training interactions alone, as MMRec and
+    RecBole do."""
     top_k: int = 0
     """For full ranking: also write each target's best so many items to topk/, for a second stage; 0 for
     none."""
@@ -63,7 +67,10 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
     path = options.out / ("ranks" if full else "scores") / file_name
     lists = options.out / "topk" / file_name
     check_absent(path, *([lists] if options.top_k else []), overwrite=options.overwrite)
-    ranker, run, _ = load_run(options.run, options.split, text=options.text, image=options.image)
+    known = options.part if options.graph == "known" else None
+    ranker, run, _ = load_run(
+        options.run, options.split, text=options.text, image=options.image, known_before=known
+    )
     if full:
         ranking = full_ranking(run.split, options.part, mask=options.mask)
         scores = user_states(ranker, run.data, run.split, options.part, ranking.users).for_ranking()

@@ -7,7 +7,7 @@ of items ("codes"): number = code + 1.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import polars as pl
@@ -89,6 +89,26 @@ class TrainingData:
         """
         return _histories(open_sequences(split, part), self.first_second)
 
+    def knowing(self, histories: Histories) -> TrainingData:
+        """Returns data in which the users' interactions are all that is known of them by a later time.
+
+        A trained ranker that is made from these data propagates over the graph of then; it fits the same
+        weights.
+
+        Args:
+            histories: What `known_before` returns. Users of whom it says nothing keep their training
+                interactions; users without any are left out, as no weight of theirs was trained.
+        """
+        later = np.isin(self.train.users, histories.users)
+        old, new = _select(self.train, ~later), _select(histories, np.isin(histories.users, self.train.users))
+        train = Histories(
+            np.concatenate([old.users, new.users]),
+            np.concatenate([old.offsets, old.offsets[-1] + new.offsets[1:]]),
+            np.concatenate([old.items, new.items]),
+            None if old.days is None or new.days is None else np.concatenate([old.days, new.days]),
+        )
+        return replace(self, train=train)
+
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns user codes and item codes of the distinct training pairs, by user."""
         owner = np.repeat(self.train.users.astype(np.int64), np.diff(self.train.offsets))
@@ -103,6 +123,14 @@ def _histories(sequences: Sequences, first: int) -> Histories:
     return Histories(
         np.asarray(sequences.users), np.asarray(sequences.offsets), np.asarray(sequences.items), days
     )
+
+
+def _select(histories: Histories, wanted: np.ndarray) -> Histories:
+    counts = np.diff(histories.offsets)
+    rows = np.repeat(wanted, counts)
+    days = None if histories.days is None else histories.days[rows]
+    offsets = np.concatenate(([0], np.cumsum(counts[wanted])))
+    return Histories(histories.users[wanted], offsets, histories.items[rows], days)
 
 
 def _categories(items: pl.DataFrame) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from recllm.rankers import ranker_class
+from recllm.rankers.training_data import TrainingData
 from tests.graphs.dense import (
     BATCH,
     BPR,
@@ -28,6 +29,7 @@ from tests.graphs.dense import (
     symmetric,
     touched,
 )
+from tests.rankers.worlds import histories
 
 
 def test_bpr_loss_is_the_papers():
@@ -53,6 +55,32 @@ def test_lightgcn_equals_dense_propagation(layers):
     model = made("lightgcn", layers=layers)
     table = mean_of_layers(symmetric(adjacency(touched())), model, layers)
     assert_scores(model, table[:USERS], table[USERS:])
+
+
+def test_what_is_known_later_replaces_what_training_knew_of_users_it_knew():
+    data = TrainingData(6, 9, histories([[1, 2], [3], [4, 5]], users=np.array([0, 2, 5])))
+    later = histories([[3, 8], [1, 2, 9], [7]], users=np.array([2, 0, 1]))
+    users, items = data.knowing(later).pairs()
+    assert list(zip(users, items + 1, strict=True)) == [
+        (0, 1), (0, 2), (0, 9), (2, 3), (2, 8), (5, 4), (5, 5)
+    ]  # fmt: skip
+    assert (data.knowing(later).n_users, data.knowing(later).n_items) == (6, 9)
+    assert [each.tolist() for each in data.knowing(histories([])).pairs()] == [
+        each.tolist() for each in data.pairs()
+    ]
+
+
+@pytest.mark.parametrize("name", ["lightgcn", "lattice", "freedom", "mmgcn", "smore"])
+def test_weights_fit_a_ranker_made_of_what_is_known_later(name):
+    model = made(name)
+    user, item = next(pair for pair in np.argwhere(~touched().astype(bool)) if pair[0] in DATA.train.users)
+    row = DATA.train.offsets[list(DATA.train.users).index(user) :][:2]
+    later = histories([[*DATA.train.items[slice(*row)], item + 1]], users=np.array([user]))
+    knowing = ranker_class(name)(DATA.knowing(later), model.config)
+    knowing.load_state_dict(model.state_dict())
+    before, after = (each.eval().vectors()[0] for each in (model, knowing))
+    changed = (before - after).abs().amax(1)
+    assert changed[user] > 1e-6 and changed[user] == changed.max()
 
 
 def test_lightgcn_penalizes_rows_before_propagation():

@@ -237,6 +237,41 @@ def test_scores_of_candidates_are_those_of_the_whole_catalog(split: Split, train
         recllm_main(["score", "ranker", str(trained), "--out", str(tmp_path)])
 
 
+def test_a_graph_ranker_knows_at_test_time_what_sequence_rankers_know(split: Split, tmp_path: Path):
+    run = tmp_path / "lightgcn"
+    assert train(split, run, ranker="lightgcn").returncode == 0
+
+    def ranks(graph: str, part: str) -> RankRecords:
+        out = tmp_path / f"{graph}-{part}"
+        recllm_main(["score", "ranker", str(run), "--graph", graph, "--part", part, "--out", str(out)])
+        return RankRecords.load(next((out / "ranks").iterdir()))
+
+    of_training = load_run(run)[0]
+    parts = [pl.read_parquet(split.folder / f"{part}.parquet") for part in ("train", "valid")]
+    known = set(pl.concat([part.select("user", "item") for part in parts]).iter_rows())
+    edges = known_pairs(load_run(run, known_before="test")[0])
+    ids = [split.dataset.users["user"], split.dataset.items["item"]]
+    assert {(ids[0][user], ids[1][item]) for user, item in edges} == known
+    assert known_pairs(load_run(run, known_before="valid")[0]) == known_pairs(of_training) < edges
+    assert np.array_equal(ranks("known", "valid").above, ranks("training", "valid").above)
+    told = ranks("known", "test").above, ranks("training", "test").above
+    assert not np.array_equal(*told)
+    ranking = full_ranking(split, "test", mask="seen")
+    users, items = (each.detach() for each in of_training.vectors())
+    for place in range(0, len(ranking.users), 7):
+        row = items @ users[ranking.users[place]]
+        row[ranking.masked[ranking.masked_offsets[place] : ranking.masked_offsets[place + 1]]] = -torch.inf
+        assert told[1][place] == (row > row[ranking.positives[place]]).sum()
+
+
+def known_pairs(ranker: torch.nn.Module) -> set[tuple[int, int]]:
+    """Returns user and item of each edge of a ranker's graph of interactions."""
+    starts, columns, _ = (each.numpy() for each in ranker.graph.rows)
+    n_users = len(ranker.users.weight)
+    owners = np.repeat(np.arange(len(starts) - 1), np.diff(starts))[: starts[n_users]]
+    return set(zip(owners.tolist(), (columns[: starts[n_users]] - n_users).tolist(), strict=True))
+
+
 def test_a_run_stands_in_the_report(split: Split, trained: Path, tmp_path: Path):
     recllm_main(["score", "ranker", str(trained), "--out", str(tmp_path)])
     files = [str(tmp_path / "ranks" / "sasrec.parquet"), str(trained)]
