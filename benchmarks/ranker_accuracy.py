@@ -13,6 +13,7 @@ training. MovieLens: leave-one-out, 1+20 candidates and the whole catalog.
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -29,7 +30,9 @@ from recllm.evaluation.metrics import compute_metrics
 from recllm.evaluation.ranks import RankRecords
 from recllm.evaluation.significance import bootstrap_means
 from recllm.files import read_json, write_json
+from recllm.journal import read_log
 from recllm.rankers import RANKERS, ranker_class
+from recllm.rankers.fit import LOG
 from recllm.runs import describe_machine, describe_run
 
 ROOT = Path(__file__).parents[1]
@@ -179,10 +182,11 @@ def collect(config: Config, world: World) -> dict[str, Any]:
         if not all(path.exists() for path in ranks.values()):
             continue
         metrics = read_json(run / "metrics.json", "a run")
+        seconds = [epoch["seconds"] for epoch in read_log(run / LOG)]
         line: dict[str, Any] = {
             "best_epoch": metrics["best_epoch"],
             "epochs": metrics["epochs"],
-            "seconds_an_epoch": round(metrics["seconds_an_epoch"], 2),
+            "seconds_an_epoch": round(statistics.median(seconds), 2),
             "valid": {key: round(value, 5) for key, value in metrics["valid"].items()},
             "test": {way: means(RankRecords.load(path), METRICS) for way, path in ranks.items()},
         }

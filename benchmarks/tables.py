@@ -54,6 +54,7 @@ def with_tables(readme: str) -> str:
         pipeline,
         rankers_beauty,
         rankers_baby,
+        rankers,
         rankers_graph,
         rankers_memory,
         growth,
@@ -287,12 +288,12 @@ def rankers() -> str:
         for name, other, cell in (("recbole", "RecBole", f"{to_best:,.0f} s"), ("recllm", "recllm", reached)):
             figures = line[name]
             epoch = f"{figures['seconds_an_epoch']:.1f} s"
-            if name == "recllm":
+            if name == "recllm" and ranker != "bert4rec":  # whose epochs are not of the same examples
                 epoch += f" ({line['epoch_ratio']:.1f} x faster)"
             best = f"{figures['best_ndcg@10']:.4f} (epoch {figures['best_epoch']} of {figures['epochs']})"
             rows.append([f"`{ranker}`", other, epoch, best, cell])
-    ends = (f"{ranker}: {line['ended']}" for ranker, line in measured["figures"].items())
-    return table(rows) + f"\nRecBole was ended after ({'; '.join(ends)}).\n"
+    ends = (f"{line['ended']} (`{ranker}`)" for ranker, line in measured["figures"].items())
+    return table(rows) + f"\nRecBole was ended after {', '.join(ends)}.\n"
 
 
 def rankers_graph() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,7 +114,7 @@ def keep_run(options: TrainRankerOptions, run: RankerRun, fitted: Fitted, ranker
             "valid": fitted.valid,
             "protocol": f"{run.split.protocol}/full/mask-seen/valid",
             "epochs": fitted.epochs,
-            "seconds_an_epoch": sum(line["seconds"] for line in epochs) / max(len(epochs), 1),
+            "seconds_an_epoch": statistics.median(line["seconds"] for line in epochs),
             "parameters": sum(parameter.numel() for parameter in ranker.parameters()),
         }
         write_json(run.path / METRICS, metrics)
