@@ -71,8 +71,10 @@ class Criterion:
             return _checkpointed_cross_entropy(states, items, targets, score, self.block)
         if negatives is None or score is not None:
             raise ValueError(f"{self.loss} needs negatives, and the inner product as score")
-        positive = (states * items[targets]).sum(-1)
-        negative = torch.einsum("nd,nkd->nk", states, items[negatives])
+        # One lookup: the gradient of each is as large as the catalog.
+        compared = F.embedding(torch.cat([targets[:, None], negatives], 1), items)
+        scores = torch.einsum("nd,nkd->nk", states, compared)
+        positive, negative = scores[:, 0], scores[:, 1:]
         if self.loss == "bpr":
             return -F.logsigmoid(positive[:, None] - negative).mean()
         if self.loss == "sampled-ce":

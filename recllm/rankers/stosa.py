@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recllm.rankers.batches import Batch
+from recllm.rankers.bpr import compare
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.ranker import SequenceRanker, Without, states_at_targets
 from recllm.rankers.training_data import TrainingData
@@ -177,14 +178,13 @@ class STOSA(SequenceRanker):
     def loss(self, batch: Batch, criterion: Criterion, *, without: Without = ()) -> Tensor:
         """The criterion, and where there are negatives the second term of the loss."""
         states, targets, negatives = states_at_targets(self, batch, without=without)
-        items = self.item_vectors(without=without)
-        loss = criterion(states, items, targets, negatives)
         if negatives is None:
-            return loss
-        to_positive = distance(states, items[targets])
-        among_items = between_items(items[targets][:, None], items[negatives])
-        excess = (to_positive[:, None] - among_items).clamp(min=0)
-        return loss + self.config.positive_negative_weight * excess.mean()
+            return criterion(states, self.item_vectors(without=without), targets)
+        numbers = torch.cat([targets[:, None], negatives], 1) + 1
+        items = as_item(self.means(numbers), positive(self.covariances(numbers)))
+        among_items = between_items(items[:, :1], items[:, 1:])
+        excess = (distance(states, items[:, 0])[:, None] - among_items).clamp(min=0)
+        return compare(states, items, criterion) + self.config.positive_negative_weight * excess.mean()
 
 
 def positive(x: Tensor) -> Tensor:
