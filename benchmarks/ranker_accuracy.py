@@ -59,9 +59,15 @@ class World:
     published: dict[str, dict[str, float]] = field(default_factory=dict)
     """The best figures that others give for a ranker on this data."""
 
+    def flags_of(self, ranker: str) -> list[str]:
+        """Returns the flags beside a ranker's recipe."""
+        shared = self.flags.get("", ()) if ranker_class(ranker).modalities else ()
+        return [*shared, *self.flags.get(ranker, ())]
+
     def ways(self, ranker: str) -> dict[str, tuple[str, ...]]:
         """Returns the flags of each way to rank the whole catalog, by its name."""
-        ways = {mask: ("--mask", mask, "--graph", self.graph) for mask in self.masks}
+        graph = ("--graph", self.graph) if ranker != "popularity" else ()
+        ways = {mask: ("--mask", mask, *graph) for mask in self.masks}
         if ranker in self.also_training_graph:
             ways["training-graph"] = ("--mask", self.masks[0], "--graph", "training")
         return ways
@@ -110,6 +116,10 @@ WORLDS = {
             # 610 users are 2,250 windows: nine steps of 256 an epoch would be too few to stop early by.
             **dict.fromkeys(("sasrec", "bert4rec", "gru4rec", "stosa", "stosa_m3"), ("--batch-size", "32")),
             **dict.fromkeys(("unisrec", "m3srec", "hm4sr"), ("--batch-size", "32")),
+            # Those that learn from each prefix have 88,000, and an epoch takes minutes: fewer are waited for.
+            "mmsr": ("--patience", "2"),
+            "mmsbr": ("--batch-size", "2048", "--patience", "2"),
+            "missrec": ("--width", "64", "--patience", "2"),
         },
         candidates=True,
     ),
@@ -144,59 +154,54 @@ def main(config: Config) -> None:
     if not config.only_collect:
         for seed in config.seeds:
             for ranker in rankers:
-                train_and_rank(config, world, ranker, seed)
+                train(config, world, ranker, seed)
+                run = Path("runs") / config.world / f"{ranker}-s{seed}"
+                rank(config, world, ranker, run.name, "ranker", str(run))
+    rank(config, world, "popularity", "popularity", "popularity", world.split)
     write_json(ROOT / "results" / f"rankers_{config.world}.json", collect(config, world))
 
 
-def train_and_rank(config: Config, world: World, ranker: str, seed: int) -> None:
-    """Trains one run and ranks with it, as far as that has not been done."""
-    name = f"{ranker}-s{seed}"
-    run = f"runs/{config.world}/{name}"
-    flags = [
-        *(world.flags.get("", ()) if ranker_class(ranker).modalities else ()),
-        *world.flags.get(ranker, ()),
-    ]
+def train(config: Config, world: World, ranker: str, seed: int) -> None:
+    """Trains one run, as far as that has not been done."""
+    run = f"runs/{config.world}/{ranker}-s{seed}"
     recipe = [str(ROOT / "recipes" / "train_ranker.py")]
     recipe += ["--config", str(ROOT / "recipes" / "configs" / "rankers" / f"{ranker}.yaml")]
-    recipe += ["--split", world.split, "--out", run, "--seed", str(seed), "--resume", "auto", *flags]
+    recipe += ["--split", world.split, "--out", run, "--seed", str(seed), "--resume", "auto"]
+    recipe += world.flags_of(ranker)
     print("$", *recipe, flush=True)
     subprocess.run([sys.executable, *recipe], cwd=config.work, check=True)
+
+
+def rank(config: Config, world: World, ranker: str, name: str, *score: str) -> None:
+    """Ranks and scores with a system where that has not been done; `score` is the command's own words."""
+    out = Path("out") / config.world
     for way, how in world.ways(ranker).items():
-        if not (config.work / "out" / config.world / way / "ranks" / f"{name}.parquet").exists():
-            recllm(config.work, "score", "ranker", run, *how, "--out", f"out/{config.world}/{way}")
-    if world.candidates and not (config.work / f"out/{config.world}/scores/{name}.parquet").exists():
-        recllm(config.work, "score", "ranker", run, "--candidates", LISTS, "--out", f"out/{config.world}")
+        if not (config.work / out / way / "ranks" / f"{name}.parquet").exists():
+            recllm(config.work, "score", *score, *how, "--out", str(out / way))
+    if world.candidates and not (config.work / out / "scores" / f"{name}.parquet").exists():
+        recllm(config.work, "score", *score, "--candidates", LISTS, "--out", str(out))
 
 
 def collect(config: Config, world: World) -> dict[str, Any]:
-    """Returns the figures of all finished runs in WORK."""
-    figures: dict[str, Any] = {}
-    for run in sorted((config.work / "runs" / config.world).glob("*-s*")):
-        ranker, _, seed = run.name.rpartition("-s")
-        if ranker not in RANKERS:
-            continue
-        ranks = {
-            way: config.work / "out" / config.world / way / "ranks" / f"{run.name}.parquet"
-            for way in world.ways(ranker)
-        }
-        if not all(path.exists() for path in ranks.values()):
-            continue
-        metrics = read_json(run / "metrics.json", "a run")
-        seconds = [epoch["seconds"] for epoch in read_log(run / LOG)]
-        line: dict[str, Any] = {
-            "best_epoch": metrics["best_epoch"],
-            "epochs": metrics["epochs"],
-            "seconds_an_epoch": round(statistics.median(seconds), 2),
-            "valid": {key: round(value, 5) for key, value in metrics["valid"].items()},
-            "test": {way: means(RankRecords.load(path), METRICS) for way, path in ranks.items()},
-        }
-        if world.candidates:
-            lists = Candidates.read(config.work / world.split / "candidates" / LISTS / "test.parquet")
-            scores = config.work / "out" / config.world / "scores" / f"{run.name}.parquet"
-            line["test"][LISTS] = means(read_system(scores, lists).records, OF_LISTS)
-        figures.setdefault(ranker, {})[seed] = line
-    for ranker, seeds in figures.items():
-        figures[ranker] = {"seeds": seeds, "test": over_seeds(list(seeds.values()))}
+    """Returns the figures of popularity and of all finished runs in WORK."""
+    figures: dict[str, Any] = {"popularity": {"test": over_seeds([tested(config, world, "popularity")])}}
+    for ranker in sorted(RANKERS):
+        seeds = {}
+        for run in sorted((config.work / "runs" / config.world).glob(f"{ranker}-s*")):
+            if (test := tested(config, world, ranker, run.name)) is None:
+                continue
+            metrics = read_json(run / "metrics.json", "a run")
+            seconds = [epoch["seconds"] for epoch in read_log(run / LOG)]
+            seeds[run.name.rpartition("-s")[2]] = {
+                "best_epoch": metrics["best_epoch"],
+                "epochs": metrics["epochs"],
+                "seconds_an_epoch": round(statistics.median(seconds), 2),
+                "valid": {key: round(value, 5) for key, value in metrics["valid"].items()},
+                "test": test,
+            }
+        if seeds:
+            mean = over_seeds([seed["test"] for seed in seeds.values()])
+            figures[ranker] = {"flags": world.flags_of(ranker), "seeds": seeds, "test": mean}
     split = read_json(config.work / world.split / "manifest.json", "a split")
     return {
         "what": f"rankers on {config.world}, by their recipes; epochs chosen on validation lists",
@@ -209,6 +214,20 @@ def collect(config: Config, world: World) -> dict[str, Any]:
     }
 
 
+def tested(config: Config, world: World, ranker: str, name: str | None = None) -> dict[str, Any] | None:
+    """Returns the metrics of a system's files, by the way it ranked; None where one is missing."""
+    out, file = config.work / "out" / config.world, f"{name or ranker}.parquet"
+    ranks = {way: out / way / "ranks" / file for way in world.ways(ranker)}
+    scores = [out / "scores" / file] if world.candidates else []
+    if not all(path.exists() for path in (*ranks.values(), *scores)):
+        return None
+    found = {way: means(RankRecords.load(path), METRICS) for way, path in ranks.items()}
+    if world.candidates:
+        lists = Candidates.read(config.work / world.split / "candidates" / LISTS / "test.parquet")
+        found[LISTS] = means(read_system(scores[0], lists).records, OF_LISTS)
+    return found
+
+
 def means(records: RankRecords, names: tuple[str, ...]) -> dict[str, Any]:
     """Returns the mean of each metric with its bootstrap interval over users."""
     values = compute_metrics(records, names=list(names))
@@ -219,15 +238,15 @@ def means(records: RankRecords, names: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def over_seeds(runs: list[dict[str, Any]]) -> dict[str, Any]:
+def over_seeds(tests: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns mean and standard deviation over seeds; of one seed its interval over users."""
     found: dict[str, Any] = {}
-    for protocol, metrics in runs[0]["test"].items():
+    for protocol, metrics in tests[0].items():
         found[protocol] = {}
         for name in metrics:
-            values = np.array([run["test"][protocol][name]["mean"] for run in runs])
-            spread = {"sd": round(float(values.std(ddof=1)), 5)} if len(runs) > 1 else metrics[name]
-            found[protocol][name] = {**spread, "mean": round(float(values.mean()), 5), "seeds": len(runs)}
+            values = np.array([test[protocol][name]["mean"] for test in tests])
+            spread = {"sd": round(float(values.std(ddof=1)), 5)} if len(tests) > 1 else metrics[name]
+            found[protocol][name] = {**spread, "mean": round(float(values.mean()), 5), "seeds": len(tests)}
     return found
 
 

@@ -246,12 +246,14 @@ def rankers_beauty() -> str:
     rows = [["ranker", "seeds", "R@10", "N@10", "published R@10 / N@10", "unmasked R@10", "unmasked N@10"]]
     measured = results("rankers_beauty")
     for ranker, line in measured["figures"].items():
-        seen, bare = ([_figure(line["test"][mask][name]) for name in names] for mask in ("seen", "none"))
+        seen, bare = ([_figure(line["test"][mask][metric]) for metric in names] for mask in ("seen", "none"))
         known = _published(measured, ranker, names)
-        rows.append([f"`{ranker}`", str(len(line["seeds"])), *seen, known, *bare])
+        name = "`" + " ".join([ranker, *line.get("flags", [])]) + "`"
+        seeds = str(len(line.get("seeds", [])) or "")
+        rows.append([name, seeds, *seen, known, *bare])
         if training := line["test"].get("training-graph"):
-            figures = (_figure(training[name]) for name in names)
-            rows.append([f"`{ranker}`, `--graph training`", str(len(line["seeds"])), *figures, known, "", ""])
+            figures = (_figure(training[metric]) for metric in names)
+            rows.append([f"{name}, `--graph training`", seeds, *figures, known, "", ""])
     return table(rows)
 
 
@@ -262,7 +264,8 @@ def rankers_baby() -> str:
     measured = results("rankers_baby")
     for ranker, line in measured["figures"].items():
         found = [_figure(line["test"]["train"][name]) for name in names]
-        rows.append([f"`{ranker}`", str(len(line["seeds"])), *found, _published(measured, ranker, names)])
+        seeds = str(len(line.get("seeds", [])) or "")
+        rows.append([f"`{ranker}`", seeds, *found, _published(measured, ranker, names)])
     return table(rows)
 
 
