@@ -193,6 +193,8 @@ def test_what_a_csv_writer_wrote_comes_back(
     rows: list[tuple[str, str, str]], newline: str, quoting: int, broken: bool
 ) -> None:
     """Ids lose the spaces around them, rows with an empty id go; everything else comes back as it was."""
+    if any("\r" in text for row in rows for text in row):
+        quoting = csv.QUOTE_ALL  # writers before Python 3.13 leave a carriage return bare, which is no CSV
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "log.csv"
         with path.open("w", newline="", encoding="utf-8") as file:
