@@ -279,10 +279,11 @@ def main(config: Config) -> None:
             raise DataError(f"{environment}: no environment with RecBole; --make-env makes it")
         make_environment(environment)
     split = open_split(config)
+    command = ["rankers.py", "DATA", "WORK", "--minutes", f"{config.minutes:g}"]
     content = {
         "benchmark": "rankers",
         "machine": describe_machine(),
-        "run": describe_run(),
+        "run": {**describe_run(), "command": command},
         "setting": {"threads": config.threads, "minutes": config.minutes, "recbole": RECBOLE},
         "protocol": f"{split.protocol}/full/mask-seen/valid",
         "figures": {},
