@@ -14,7 +14,7 @@ test: $(VENV)/.ready
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
 	@echo "== the embedded model (about 4 minutes on two cores, once; kept in the user's cache folder)"
 	@HF_HUB_OFFLINE=1 $(BIN)/recllm model tiny
-	@echo "== tests (7 minutes on two cores)"
+	@echo "== tests (7 to 9 minutes on two cores)"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.ready

@@ -33,10 +33,10 @@ class ScoreRankerOptions:
     """Which targets to rank."""
     mask: Mask = "seen"
     """For full ranking, what is no candidate: seen (training, validation at test time), train, none."""
-    graph: Literal["known", "training"] = "known"
-    """What rankers over a graph of interactions propagate over. known: all that is known before the targets,
-    which is what sequence rankers read at that time. training: training interactions alone, as MMRec and
-    RecBole do."""
+    graph: Literal["known", "training"] = "training"
+    """What rankers over a graph of interactions propagate over. training: training interactions alone, as
+    MMRec and RecBole do. known: also what came since, of all users; a sequence ranker reads that of the user
+    alone, so that the two are not on a par (ours)."""
     top_k: int = 0
     """For full ranking: also write each target's best so many items to topk/, for a second stage; 0 for
     none."""

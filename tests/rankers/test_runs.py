@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def train(split: Split, out: Path, *flags: str, ranker: str = "sasrec") -> Done:
         except SystemExit as stop:
             status = int(stop.code or 0)
     return Done(status, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Weights are equal to the bit between equal numbers of threads; processes that tests start have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def train_ranker_main() -> Any:
