@@ -73,17 +73,18 @@ class MMSRConfig:
 
 @dataclass(frozen=True)
 class Graph:
-    """The graphs of a batch, of 3 kinds of nodes in T slots each.
+    """The graphs of a batch, as the latest item sees them: 3 kinds of nodes in T slots each.
 
     Attributes:
-        occurs: Which slot is at which place; 1 or 0, shape [B, 3, T places, T slots].
-        relation: Number of the homogeneous relation, -1 for none; int64, shape [B, 3, T, T].
-        linked: Heterogeneous neighbors of items, themselves among them; bool, shape [B, T, 3 T].
+        slots: The slot of what is at each place, of each kind; int64, shape [B, 3, T].
+        linked: Which of these an item at each place is linked to, itself among them; bool, shape [B, 3, T].
+        relation: Number of the homogeneous relation to each slot of what is at the latest place, -1 for none;
+            int64, shape [B, 3, T].
     """
 
-    occurs: Tensor
-    relation: Tensor
+    slots: Tensor
     linked: Tensor
+    relation: Tensor
 
 
 class Clusters(nn.Module):
@@ -154,12 +155,9 @@ class MMSR(SequenceRanker):
     def _states(self, batch: Batch, without: Without) -> Tensor:
         codes = torch.stack([batch.items, self.text.codes[batch.items], self.image.codes[batch.items]], 1)
         graph = graph_of(codes)
-        nodes = self._nodes(codes, graph, without)
-        both = self.propagate(nodes, graph)
+        both = self.propagate(self._nodes(codes, graph, without), graph)
         mixed = (self.order(both).softmax(0) * both).sum(0)
-        last = (batch.lengths - 1).clamp(min=0)
-        latest = graph.occurs[torch.arange(len(batch), device=last.device), 0, last]
-        return self.dropout(torch.einsum("bt,btd->bd", latest, mixed))
+        return self.dropout(mixed * (batch.lengths > 0)[:, None])
 
     def _nodes(self, codes: Tensor, graph: Graph, without: Without) -> Tensor:
         """h: [B, 3, T, d]."""
@@ -171,57 +169,92 @@ class MMSR(SequenceRanker):
             ],
             1,
         )
-        times = graph.occurs.sum(2).clamp(min=1)[..., None]
-        places = torch.einsum("bmpt,pd->bmtd", graph.occurs, self.positions.weight[: codes.shape[2]]) / times
-        kinds = self.kinds[:, None].expand_as(places)
-        return self.join(torch.cat([vectors, kinds, places], -1))
+        join_vector, join_kind, join_position = self.join.weight.split(self.config.width, 1)
+        length = codes.shape[2]
+        occurs = (F.one_hot(graph.slots, length) * (codes > 0)[..., None]).float().transpose(2, 3)
+        positions = occurs @ F.linear(self.positions.weight[:length], join_position)
+        positions = positions / occurs.sum(3, keepdim=True).clamp(min=1)
+        return F.linear(vectors, join_vector) + F.linear(self.kinds, join_kind)[:, None] + positions
 
     def propagate(self, nodes: Tensor, graph: Graph) -> Tensor:
-        """Mixes nodes [B, 3, T, d] in both orders; returns what items get, o_1 and o_2, [2, B, T, d]."""
-        values = torch.einsum("bmtd,mde->bmte", nodes, self.values)
-        among_kind = self.homogeneous(values, graph.relation) @ nodes
-        homogeneous_first = self.heterogeneous(among_kind, graph.linked) @ values.flatten(1, 2)
-        across_kinds = self.heterogeneous(nodes, graph.linked) @ values.flatten(1, 2)
-        items = self.homogeneous(across_kinds[:, None], graph.relation[:, :1])[:, 0]
-        return torch.stack([homogeneous_first, items @ values[:, 0]])
+        """Mixes nodes [B, 3, T, d] in both orders; returns what the latest item gets, o_1 and o_2, [2, B, d].
 
-    def homogeneous(self, x: Tensor, relation: Tensor) -> Tensor:
-        """A: weights of the nodes of each kind for those of the same kind; [B, M, T, T] of x [B, M, T, d]."""
-        products = torch.einsum("bmid,rd,bmjd->bmrij", x, self.relations, x)
+        What it does not see is not computed: A is that of its own nodes, B that of its neighbors and its own.
+        """
+        values = torch.einsum("bmtd,mde->bmte", nodes, self.values)
+        near, relation = nearest_first(graph.relation[:, 0])
+        slots, linked = (of_places(each, near) for each in (graph.slots, graph.linked))
+        seen, taken = (of_slots(each, slots) for each in (nodes, values))
+
+        own = taken[:, :, 0]
+        among_kind = self.homogeneous(own, values, graph.relation)[:, :, None] @ nodes
+        weights = self.heterogeneous(among_kind, linked[:, :, :1])[:, :, 0, None]
+        homogeneous_first = (weights * own).sum(1)
+
+        across_kinds = (self.heterogeneous(seen, linked)[..., None] * taken).sum(1, keepdim=True)
+        weights = self.homogeneous(across_kinds[:, :, 0], across_kinds, relation[:, None])
+        heterogeneous_first = (weights @ taken[:, 0])[:, 0]
+        return torch.stack([homogeneous_first, heterogeneous_first])
+
+    def homogeneous(self, x: Tensor, others: Tensor, relation: Tensor) -> Tensor:
+        """A: weights of nodes [B, M, T, d] for a node of the same kind [B, M, d]; [B, M, T]."""
+        products = torch.einsum("bmd,rd,bmjd->bmrj", x, self.relations, others)
         chosen = products.gather(2, relation.clamp(min=0)[:, :, None])[:, :, 0]
-        return self._weights(chosen, relation >= 0)
+        return self._weights(chosen, relation >= 0, dim=-1)
 
     def heterogeneous(self, x: Tensor, linked: Tensor) -> Tensor:
-        """B: weights of all nodes for each item; [B, T, 3 T] of x [B, 3, T, d]."""
-        keys = torch.einsum("bmtd,mde->bmte", x, self.keys).flatten(1, 2)
-        return self._weights(self.query(x[:, 0]) @ keys.transpose(1, 2) / math.sqrt(x.shape[-1]), linked)
+        """B: weights of an item and its clusters for the item; [B, 3, K] of K items' x [B, 3, K, d]."""
+        keys = torch.einsum("bmkd,mde->bmke", x, self.keys)
+        scores = (self.query(x[:, :1]) * keys).sum(-1) / math.sqrt(x.shape[-1])
+        return self._weights(scores, linked, dim=1)
 
-    def _weights(self, scores: Tensor, neighbors: Tensor) -> Tensor:
+    def _weights(self, scores: Tensor, neighbors: Tensor, dim: int) -> Tensor:
         scores = F.leaky_relu(scores, self.config.slope).masked_fill(~neighbors, -torch.inf)
-        return self.attention_dropout(scores.softmax(-1))
+        return self.attention_dropout(scores.softmax(dim))
 
 
 def graph_of(codes: Tensor) -> Graph:
     """Builds the graphs of sequences.
 
-    A slot without a node has no neighbor but itself, and is nobody's neighbor. Places where an item has no
-    cluster link nothing of that kind.
+    A place without something of a kind has no part in that kind's graph. Where it is the latest, an empty
+    slot is related to itself alone, and the item is not linked to it.
 
     Args:
-        codes: What is at each place, of each kind, 0 for nothing; int64, shape [B, 3, T].
+        codes: What is at each place, of each kind, 0 for nothing, after the latest item too; int64, shape
+            [B, 3, T].
     """
-    batch, kinds, length = codes.shape
+    known, length = codes > 0, codes.shape[2]
     place = torch.arange(length, device=codes.device)
-    equal = (codes[..., :, None] == codes[..., None, :]) & (codes > 0)[..., None]
-    first = torch.where(equal, place, length).amin(-1)
-    occurs = (first[..., None] == place).float()
-    follows = torch.einsum("bmpi,bmpj->bmij", occurs[:, :, :-1], occurs[:, :, 1:]) > 0
-    itself = torch.eye(length, dtype=torch.bool, device=codes.device)
-    relation = follows.long() + 2 * follows.transpose(-1, -2).long()
-    relation = relation.masked_fill(relation == 0, -1).masked_fill(itself, 0)
-    linked = torch.einsum("bpi,bmpj->bimj", occurs[:, 0], occurs) > 0
-    linked[:, :, 0] = itself
-    return Graph(occurs, relation, linked.reshape(batch, length, kinds * length))
+    equal = codes[..., :, None] == codes[..., None, :]
+    slots = torch.where(equal, place, length).amin(-1)
+    latest = (known[:, 0].sum(1) - 1).clamp(min=0)
+    own = of_places(slots, latest[:, None])
+    here = (slots == own) & known
+    after = torch.zeros_like(codes).scatter_add_(2, slots[..., 1:], (here[..., :-1] & known[..., 1:]).long())
+    before = torch.zeros_like(codes).scatter_add_(
+        2, slots[..., :-1], (here[..., 1:] & known[..., :-1]).long()
+    )
+    relation = (after > 0).long() + 2 * (before > 0)
+    relation = relation.masked_fill(relation == 0, -1).scatter(2, own, 0)
+    known[:, 0] = True  # an item is linked to itself, also where there is none
+    return Graph(slots, known, relation)
+
+
+def nearest_first(relation: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the slots of relation [B, T] with a neighbor, itself first, and their relation; both [B, K]."""
+    count = int((relation >= 0).sum(1).max())
+    near = ((relation >= 0).long() + (relation == 0)).argsort(dim=1, descending=True, stable=True)[:, :count]
+    return near, relation.gather(1, near)
+
+
+def of_places(x: Tensor, places: Tensor) -> Tensor:
+    """Picks what x [B, 3, T] has at places [B, K]; [B, 3, K]."""
+    return x.gather(2, places[:, None].expand(-1, x.shape[1], -1))
+
+
+def of_slots(x: Tensor, slots: Tensor) -> Tensor:
+    """Picks what x [B, 3, T, d] has in slots [B, 3, K]; [B, 3, K, d]."""
+    return x.gather(2, slots[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
 def cluster_centers(vectors: np.ndarray, clusters: int) -> Tensor:
