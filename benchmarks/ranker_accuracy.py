@@ -112,7 +112,8 @@ WORLDS = {
             "": ("--image", "tiny", "--max-pixels", "12544"),
             # 610 users are 2,250 windows: nine steps of 256 an epoch would be too few to stop early by.
             **dict.fromkeys(("sasrec", "bert4rec", "gru4rec", "stosa", "stosa_m3"), ("--batch-size", "32")),
-            **dict.fromkeys(("unisrec", "m3srec", "hm4sr"), ("--batch-size", "32")),
+            **dict.fromkeys(("m3srec", "hm4sr"), ("--batch-size", "32")),
+            "unisrec": ("--batch-size", "32", "--width", "64"),
             # Those that learn from each prefix have 88,000, and an epoch takes minutes: fewer are waited for.
             "mmsr": ("--patience", "2"),
             "mmsbr": ("--batch-size", "2048", "--patience", "2"),

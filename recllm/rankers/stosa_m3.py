@@ -105,23 +105,29 @@ class STOSAM3(STOSA):
 
     def forward(self, batch: Batch, *, without: Without = ()) -> Tensor:
         """Returns the state after each item; shape [B, T, 2 d + 1]."""
-        text = self.text(batch.items, zeroed="text" in without).chunk(2, -1)
-        image = self.image(batch.items, zeroed="image" in without).chunk(2, -1)
-        number = self.means(batch.items), self.covariances(batch.items)
-        streams = [
-            {"id": part, "text": of_text, "image": of_image}
-            for part, of_text, of_image in zip(number, text, image, strict=True)
-        ]
+        numbers, places = batch.items.unique(return_inverse=True)  # an item is the same wherever it stands
+        means, covariances = self._embedded(numbers, without)
         place = torch.arange(batch.items.shape[1], device=batch.items.device)
-        mean = sum(streams[0].values(), self.mean_experts(streams[0]) + self.mean_positions(place))
-        covariance = sum(
-            streams[1].values(), self.covariance_experts(streams[1]) + self.covariance_positions(place)
-        )
+        mean = F.embedding(places, means) + self.mean_positions(place)
+        covariance = F.embedding(places, covariances) + self.covariance_positions(place)
         mean = F.elu(self.dropout(self.mean_norm(mean)))
         covariance = positive(self.dropout(self.covariance_norm(covariance)))
         for block in self.blocks:
             mean, covariance = block(mean, covariance)
         return as_state(mean, covariance)
+
+    def _embedded(self, numbers: Tensor, without: Without) -> tuple[Tensor, Tensor]:
+        """Returns x without positions of item numbers [n], for means and for covariances; each [n, d]."""
+        text = self.text(numbers, zeroed="text" in without).chunk(2, -1)
+        image = self.image(numbers, zeroed="image" in without).chunk(2, -1)
+        number = self.means(numbers), self.covariances(numbers)
+        found = []
+        for experts, *parts in zip(
+            (self.mean_experts, self.covariance_experts), number, text, image, strict=True
+        ):
+            embedded = dict(zip(("id", *self.modalities), parts, strict=True))
+            found.append(sum(embedded.values(), experts(embedded)))
+        return found[0], found[1]
 
 
 def _router(inputs: int, inner: int, experts: int) -> nn.Module:
