@@ -54,6 +54,7 @@ def with_tables(readme: str) -> str:
         pipeline,
         rankers_beauty,
         rankers_baby,
+        rankers_movielens,
         rankers,
         rankers_graph,
         rankers_memory,
@@ -275,8 +276,8 @@ def rankers_movielens() -> str:
     rows = [["ranker", "AUC, 1+20", "HR@5, 1+20", "NDCG@10, 1+20", "R@10, catalog", "N@10, catalog"]]
     figures = results("rankers_movielens")["figures"]
     for ranker, line in sorted(figures.items(), key=lambda each: -each[1]["test"][listed]["auc"]["mean"]):
-        found = [_figure(line["test"][listed][name]) for name in ("auc", "hr@5", "ndcg@10")]
-        found += [_figure(line["test"][whole][name]) for name in ("recall@10", "ndcg@10")]
+        found = [_figure(line["test"][listed][name], 3) for name in ("auc", "hr@5", "ndcg@10")]
+        found += [_figure(line["test"][whole][name], 3) for name in ("recall@10", "ndcg@10")]
         rows.append([f"`{ranker}`", *found])
     return table(rows)
 
@@ -328,10 +329,11 @@ def rankers_memory() -> str:
     return table(rows)
 
 
-def _figure(line: dict[str, float]) -> str:
+def _figure(line: dict[str, float], digits: int = 4) -> str:
+    mean = f"{line['mean']:.{digits}f}"
     if "sd" in line:
-        return f"{line['mean']:.4f} ± {line['sd']:.4f}"
-    return f"{line['mean']:.4f} [{line['low']:.4f}, {line['high']:.4f}]"
+        return f"{mean} ± {line['sd']:.{digits}f}"
+    return f"{mean} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]"
 
 
 def _published(measured: dict[str, Any], ranker: str, names: tuple[str, str]) -> str:
