@@ -115,10 +115,9 @@ WORLDS = {
             **dict.fromkeys(("sasrec", "bert4rec", "gru4rec", "stosa", "stosa_m3"), ("--batch-size", "32")),
             **dict.fromkeys(("m3srec", "hm4sr"), ("--batch-size", "32")),
             "unisrec": ("--batch-size", "32", "--width", "64"),
-            # Those that learn from each prefix have 88,000, and an epoch takes minutes: fewer are waited for.
+            # It learns from each prefix, which are 88,000: an epoch takes minutes, and fewer are waited for.
             "mmsr": ("--patience", "2"),
-            "mmsbr": ("--batch-size", "2048", "--patience", "2"),
-            "missrec": ("--width", "64", "--patience", "2"),
+            "missrec": ("--width", "64"),
         },
         candidates=True,
     ),
