@@ -291,7 +291,7 @@ def test_a_build_killed_while_it_finished_never_touches_the_finished_store(
 
 
 KILLER = """
-import os, random, signal, sys, threading, time
+import os, random, signal, sys, threading, time, traceback
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -326,8 +326,11 @@ def forked(where):
     if not child:
         status = 1
         try:
+            torch.set_num_threads(1)  # renews the pool that a fork broke: two threads that do so at once fail
             build(where)
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(status)
     return child
@@ -336,6 +339,10 @@ def forked(where):
 assert os.waitpid(forked(out + "_undisturbed"), 0)[1] == 0
 os.unlink(log)
 journal = Path(out).parent / f".{Path(out).name}.building" / "journal.jsonl"
+
+
+def runs(child):
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def finished_batches():
@@ -350,13 +357,14 @@ killed = 0
 while killed < int(kills) and not Path(out).exists():
     child = forked(out)
     goal = finished_batches() + random.randint(0, 2)
-    while finished_batches() < goal and not Path(out).exists():
+    while runs(child) and finished_batches() < goal:
         time.sleep(0.001)
     time.sleep(random.uniform(0, 0.05))
-    if Path(out).exists():
-        break
-    os.kill(child, signal.SIGKILL)
-    killed += os.waitpid(child, 0)[1] == signal.SIGKILL
+    if not Path(out).exists():
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    assert status in (0, signal.SIGKILL), status
+    killed += status == signal.SIGKILL
 if not Path(out).exists():
     assert os.waitpid(forked(out), 0)[1] == 0
 print(killed)

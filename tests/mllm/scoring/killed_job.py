@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import polars as pl
+import torch
 
 from recllm.mllm import load
 from recllm.mllm.scoring import YesNoScorer
@@ -51,6 +52,7 @@ def main() -> None:
     for attempt in range(int(sys.argv[4])):
         child = os.fork()
         if not child:
+            torch.set_num_threads(1)  # renews the pool that a fork broke: two threads that do so at once fail
             die_at_second_batch(attempt % 3)
             score(scorer, folder, out)
             os._exit(0)
