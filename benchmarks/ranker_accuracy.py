@@ -118,6 +118,7 @@ WORLDS = {
             # It learns from each prefix, which are 88,000: an epoch takes minutes, and fewer are waited for.
             "mmsr": ("--patience", "2"),
             "missrec": ("--width", "64"),
+            "mmsbr": ("--batch-size", "2048"),  # a step computes the whole catalog, whatever its rows
         },
         candidates=True,
     ),

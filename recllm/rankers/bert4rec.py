@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
-from recllm.rankers.layers import Block, init_normal
+from recllm.rankers.layers import Block, Dropout, init_normal
 from recllm.rankers.ranker import SequenceRanker, Without, at_last, states_at_targets
 from recllm.rankers.training_data import TrainingData
 
@@ -70,7 +70,7 @@ class BERT4Rec(SequenceRanker):
             Block(config.width, config.heads, 4 * config.width, config.dropout) for _ in range(config.layers)
         )
         self.input_norm, self.output_norm = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.output = nn.Linear(config.width, config.width)
         init_normal(self)
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
+from recllm.rankers.layers import Dropout
 from recllm.rankers.ranker import SequenceRanker, Without, states_at_targets
 from recllm.rankers.training_data import TrainingData
 
@@ -52,7 +53,7 @@ class GRU4Rec(SequenceRanker):
         self.items = nn.Embedding(data.n_items + 1, config.width, padding_idx=0)
         self.recurrence = nn.GRU(config.width, config.hidden, config.layers, batch_first=True)
         self.output = nn.Linear(config.hidden, config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         nn.init.xavier_normal_(self.items.weight[1:])
         for name, parameter in self.recurrence.named_parameters():
             if name.startswith("weight"):

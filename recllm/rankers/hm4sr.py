@@ -48,7 +48,7 @@ from recllm.errors import DataError
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
-from recllm.rankers.layers import Block, Projection, init_normal
+from recllm.rankers.layers import Block, Dropout, Projection, init_normal
 from recllm.rankers.ranker import SequenceRanker, Without
 from recllm.rankers.training_data import SECONDS_A_DAY, Histories, TrainingData
 
@@ -125,7 +125,7 @@ class Stream(nn.Module):
         width = config.width
         self.gate = nn.Linear(width, config.experts)
         self.share = nn.Parameter(torch.tensor(share))
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(config.dropout)
+        self.norm, self.dropout = nn.LayerNorm(width), Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             Block(width, config.heads, config.inner, config.dropout) for _ in range(config.layers)
         )

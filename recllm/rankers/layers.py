@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -11,6 +12,76 @@ from torch.nn import functional as F
 from recllm.rankers.features import Features
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu}
+
+
+def dropout(x: Tensor, share: float) -> Tensor:
+    """Sets a share of the values to 0, rounded to 65,536ths, and scales the others up.
+
+    Ours on the CPU, where a value costs 16 random bits: torch draws value after value on processors that are
+    not Intel's, which takes a multiple of the time.
+    """
+    if share == 0 or x.device.type != "cpu":
+        return F.dropout(x, share)
+    dropped = round(share * 2**16)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x, requires_grad=False))
+    return x * keep.mul_(2**16 / (2**16 - dropped))
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropped: float, *, causal: bool = False
+) -> Tensor:
+    """Returns softmax(Q K^T / sqrt(d)) V, with dropout of the weights.
+
+    Args:
+        query: Shape [..., T, d].
+        key: Shape [..., S, d].
+        value: Shape [..., S, d].
+        mask: Where a query attends to a key; bool, shape [..., T, S]. None: everywhere.
+        dropped: The share of the weights that is dropped.
+        causal: No query attends to a key behind its own place; without a mask.
+    """
+    if dropped == 0 or query.device.type != "cpu":
+        return F.scaled_dot_product_attention(query, key, value, mask, dropped, causal)
+    if causal:
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return dropout(scores.softmax(-1), dropped) @ value
+
+
+class Dropout(nn.Module):
+    """Dropout in training, and nothing else."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x, in training with dropout."""
+        return dropout(x, self.share) if self.training else x
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention to another sequence: softmax(Q K^T / sqrt(width / heads)) V."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is no multiple of {heads} heads")
+        self.heads, self.dropout = heads, dropout
+        self.query, self.key_value = nn.Linear(width, width), nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, known: Tensor) -> Tensor:
+        """Maps x [B, T, width] by what it reads in memory [B, S, width] where that is known [B, S]."""
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        pairs = self.key_value(memory).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        dropped = self.dropout if self.training else 0
+        mixed = attention(query, *pairs, known[:, None, None, :], dropped)
+        return self.output(mixed.transpose(1, 2).flatten(2))
 
 
 class SelfAttention(nn.Module):
@@ -34,12 +105,9 @@ class SelfAttention(nn.Module):
         """
         batch, length, width = x.shape
         heads = self.query_key_value(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            *heads,
-            attn_mask=None if known is None else known[:, None, None, :],
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=known is None,
-        )
+        mask = None if known is None else known[:, None, None, :]
+        dropped = self.dropout if self.training else 0
+        mixed = attention(*heads, mask, dropped, causal=known is None)
         return self.output(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -68,7 +136,7 @@ class Block(nn.Module):
         self.attention = SelfAttention(width, heads, dropout)
         self.expand, self.contract = nn.Linear(width, inner), nn.Linear(inner, width)
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.activation, self.norm = ACTIVATIONS[activation], norm
 
     def forward(self, x: Tensor, known: Tensor | None = None) -> Tensor:

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from recllm.errors import DataError
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
-from recllm.rankers.layers import Projection, init_normal
+from recllm.rankers.layers import Dropout, Projection, attention, init_normal
 from recllm.rankers.ranker import SequenceRanker, Without, states_at_targets
 from recllm.rankers.training_data import TrainingData
 
@@ -100,14 +100,12 @@ class ExpertBlock(nn.Module):
         self.query_key_value, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mixture = ExpertMixture(width, inner, width, experts)
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
         """Maps [B, N, width] to [B, N, width]; `allowed` [B, N, N]: which token attends to which."""
         heads = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(
-            *heads, attn_mask=allowed[:, None], dropout_p=self.dropout.p if self.training else 0.0
-        )
+        mixed = attention(*heads, allowed[:, None], self.dropout.share if self.training else 0)
         x = self.norms[0](x + self.dropout(self.output(mixed.transpose(1, 2).flatten(2))))
         return self.norms[1](x + self.dropout(self.mixture(x)))
 
@@ -154,7 +152,7 @@ class M3SRec(SequenceRanker):
             self.own[name] = nn.ModuleList(ExpertBlock(*sizes) for _ in range(config.own_layers))
             self.kinds[name] = nn.Parameter(0.02 * torch.randn(config.width))
         self.shared = nn.ModuleList(ExpertBlock(*sizes) for _ in range(config.shared_layers))
-        self.norm, self.dropout = nn.LayerNorm(config.width), nn.Dropout(config.dropout)
+        self.norm, self.dropout = nn.LayerNorm(config.width), Dropout(config.dropout)
         self.fusion = Fusion(config.width)
         init_normal(self)
 

@@ -7,7 +7,7 @@
     z_j      = Dropout(LayerNorm(t_j + v_j + e_j + p_j))         e_j embeds the item, p_j its position
     H        = LayerNorm(Layer(z, M))                            decoder: both-sided self-attention, attention
                                                                  to M, network; post-norm, GELU
-    s        = H_last / |H_last|
+    s        = H_last / |H_last|                                 the last layer computes this place alone
 
     a        = w cos(s, t_i) + (1 - w) cos(s, v_i),   w = softmax(f [cos(s, t_i), cos(s, v_i)])_1
     score    = (cos(s, e_i) + 2 a) / 3 / tau                     a / tau where not transductive
@@ -43,7 +43,7 @@ from recllm.errors import DataError
 from recllm.rankers.batches import Batch
 from recllm.rankers.clustering import dpc_knn, minibatch_kmeans
 from recllm.rankers.criteria import Criterion
-from recllm.rankers.layers import Block, Projection, init_normal
+from recllm.rankers.layers import Block, CrossAttention, Dropout, Projection, init_normal
 from recllm.rankers.ranker import SequenceRanker, Without
 from recllm.rankers.training_data import TrainingData
 
@@ -78,6 +78,27 @@ class MISSRecConfig:
     """tau: cosines are divided by it."""
 
 
+class DecoderBlock(nn.Module):
+    """A decoder layer: attention to the items, to the interests, and a network, each in a residual."""
+
+    def __init__(self, width: int, heads: int, inner: int, dropout: float) -> None:
+        super().__init__()
+        self.items, self.interests = (CrossAttention(width, heads, dropout) for _ in range(2))
+        self.expand, self.contract = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.dropout, self.inner_dropout = Dropout(dropout), Dropout(dropout)
+
+    def forward(self, x: Tensor, items: Tensor, known: Tensor, interests: Tensor, real: Tensor) -> Tensor:
+        """Maps places x [B, N, width], which read items [B, T, width] and interests [B, M, width].
+
+        `known` [B, T] and `real` [B, M] say which there are.
+        """
+        x = self.norms[0](x + self.dropout(self.items(x, items, known)))
+        x = self.norms[1](x + self.dropout(self.interests(x, interests, real)))
+        inner = self.inner_dropout(F.gelu(self.expand(x)))
+        return self.norms[2](x + self.dropout(self.contract(inner)))
+
+
 class MISSRec(SequenceRanker):
     """Reads a sequence in the light of the interests that its texts and images belong to."""
 
@@ -98,14 +119,11 @@ class MISSRec(SequenceRanker):
         self.image = Projection(data.features["image"], width)
         self.items = nn.Embedding(data.n_items + 1, width, padding_idx=0) if config.transductive else None
         self.positions = nn.Embedding(config.length, width)
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width), Dropout(dropout)
         sizes = (width, config.heads, config.inner, dropout)
         self.encoder = nn.ModuleList(Block(*sizes) for _ in range(config.layers))
         self.encoder_norm = nn.LayerNorm(width)
-        self.decoder = nn.ModuleList(
-            nn.TransformerDecoderLayer(*sizes, activation="gelu", batch_first=True)
-            for _ in range(config.layers)
-        )
+        self.decoder = nn.ModuleList(DecoderBlock(*sizes) for _ in range(config.layers))
         self.decoder_norm = nn.LayerNorm(width)
         self.fusion = nn.Parameter(torch.zeros(()))
         init_normal(self)
@@ -191,10 +209,12 @@ class MISSRec(SequenceRanker):
         if self.items is not None:
             tokens = tokens + self.items(batch.items)
         x, known = self.dropout(self.norm(tokens)), _at_least_one(batch.known)
-        for layer in self.decoder:
-            x = layer(x, memory, tgt_key_padding_mask=~known, memory_key_padding_mask=~attended)
-        last = (batch.lengths - 1).clamp(min=0)
-        state = self.decoder_norm(x[torch.arange(len(batch), device=x.device), last])
+        *blocks, block = self.decoder
+        for each in blocks:
+            x = each(x, x, known, memory, attended)
+        rows, last = torch.arange(len(batch), device=x.device), (batch.lengths - 1).clamp(min=0)
+        x = block(x[rows, last, None], x, known, memory, attended)
+        state = self.decoder_norm(x[:, 0])
         overlap = (memory * real[..., None]).sum(1).square().sum(-1) / self.config.width
         return F.normalize(state, dim=-1), overlap
 

@@ -44,7 +44,7 @@ from recllm.rankers.batches import Batch
 from recllm.rankers.clustering import minibatch_kmeans, nearest
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
-from recllm.rankers.layers import Projection
+from recllm.rankers.layers import Dropout, Projection
 from recllm.rankers.ranker import SequenceRanker, Without
 from recllm.rankers.training_data import TrainingData
 
@@ -129,8 +129,8 @@ class MMSR(SequenceRanker):
         self.query = nn.Linear(width, width, bias=False)
         self.keys, self.values = (nn.Parameter(torch.empty(len(KINDS), width, width)) for _ in range(2))
         self.order = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1, bias=False))
-        self.dropout = nn.Dropout(config.dropout)
-        self.attention_dropout = nn.Dropout(config.attention_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1 / math.sqrt(width), 1 / math.sqrt(width))
         with torch.no_grad():

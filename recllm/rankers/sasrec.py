@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
-from recllm.rankers.layers import Block, init_normal
+from recllm.rankers.layers import Block, Dropout, init_normal
 from recllm.rankers.ranker import SequenceRanker, Without, states_at_targets
 from recllm.rankers.training_data import TrainingData
 
@@ -59,7 +59,7 @@ class SASRec(SequenceRanker):
             for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         init_normal(self)
 
     def forward(self, batch: Batch, *, without: Without = ()) -> Tensor:

@@ -50,6 +50,7 @@ from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import codes_of, compare, penalty, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
+from recllm.rankers.layers import Dropout
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
 from recllm.rankers.vbpr import MODALITIES, content_of, xavier_projection
@@ -170,7 +171,7 @@ class View(nn.Module):
         self.filter = nn.Parameter(torch.randn(config.width // 2 + 1, 2))
         self.gate = nn.Linear(config.width, config.width)
         self.preference = nn.Sequential(
-            nn.Linear(config.width, config.width), nn.Sigmoid(), nn.Dropout(config.dropout)
+            nn.Linear(config.width, config.width), nn.Sigmoid(), Dropout(config.dropout)
         )
 
 

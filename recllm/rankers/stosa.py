@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import compare
 from recllm.rankers.criteria import Criterion
+from recllm.rankers.layers import Dropout
 from recllm.rankers.ranker import SequenceRanker, Without, states_at_targets
 from recllm.rankers.training_data import TrainingData
 
@@ -89,7 +90,7 @@ class WassersteinAttention(nn.Module):
         self.mean_parts, self.covariance_parts = nn.Linear(width, 3 * width), nn.Linear(width, 3 * width)
         self.mean_output, self.covariance_output = nn.Linear(width, width), nn.Linear(width, width)
         self.mean_norm, self.covariance_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.dropout, self.attention_dropout = nn.Dropout(dropout), nn.Dropout(attention_dropout)
+        self.dropout, self.attention_dropout = Dropout(dropout), Dropout(attention_dropout)
 
     def forward(self, mean: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
         """Maps both streams, each [B, T, width]."""
@@ -131,7 +132,7 @@ class Network(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
+        self.norm, self.dropout = nn.LayerNorm(width), Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., width] to [..., width]."""
@@ -153,7 +154,7 @@ class STOSA(SequenceRanker):
             nn.Embedding(config.length, width) for _ in range(2)
         )
         self.mean_norm, self.covariance_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             StochasticBlock(width, config.heads, config.dropout, config.attention_dropout)
             for _ in range(config.layers)

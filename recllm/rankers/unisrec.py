@@ -33,7 +33,7 @@ from recllm.errors import DataError
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
-from recllm.rankers.layers import Block, FrozenFeatures, init_normal
+from recllm.rankers.layers import Block, Dropout, FrozenFeatures, init_normal
 from recllm.rankers.ranker import SequenceRanker, Without
 from recllm.rankers.training_data import TrainingData
 
@@ -78,7 +78,7 @@ class WhiteningMixture(nn.Module):
         self.shifts = nn.Parameter(torch.zeros(experts, self.features.width))
         self.gate = nn.Parameter(torch.zeros(self.features.width, experts))
         self.noise = nn.Parameter(torch.zeros(self.features.width, experts))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         nn.init.normal_(self.weights, std=0.02)
 
     def forward(self, numbers: Tensor | None = None, *, zeroed: bool = False) -> Tensor:
@@ -125,7 +125,7 @@ class UniSRec(SequenceRanker):
             Block(width, config.heads, config.inner, config.dropout) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         init_normal(self)
         self.adapters = nn.ModuleDict(
             {

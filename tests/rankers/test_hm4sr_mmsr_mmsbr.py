@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from recllm.rankers import mmsbr
 from recllm.rankers.batches import Batch, Epochs, history_batch
 from recllm.rankers.criteria import Criterion
+from recllm.rankers.features import Features
 from recllm.rankers.hm4sr import HM4SR, HM4SRConfig, contrast
 from recllm.rankers.mmsbr import MMSBR, MMSBRConfig, hard_contrast, positive
 from recllm.rankers.mmsr import MMSR, MMSRConfig, cluster_centers, graph_of
+from recllm.rankers.training_data import TrainingData
 from tests.rankers import worlds
 
 DATA = worlds.tiny_data()
@@ -430,12 +432,13 @@ class TestMMSBR:
         model = mmsbr_model(rounds=2, pivots=2, aspects=3)
         model.text_blocks = nn.ModuleList([Blend(), Blend()])
         model.image_blocks = nn.ModuleList([Blend(), Blend()])
-        model.item = nn.Identity()
+        model.item, model.pivots_item = nn.Identity(), nn.Linear(16, 16, bias=False)
         codes = torch.tensor([0, 7, worlds.WITHOUT_IMAGE])
         found = model.fused(codes, ()).detach().double().numpy()
         for row, code in enumerate(codes.tolist()):
             number = torch.tensor([code + 1])
-            pivots = model.pivots.weight[code].detach().double().numpy().reshape(2, 8)
+            own = model.pivots.weight[code].detach().double().numpy()
+            pivots = own.reshape(2, 8)
             text, image = (part(number)[0].detach().double().numpy() for part in (model.text, model.image))
             assert image.any() == (code != worlds.WITHOUT_IMAGE)
             for _ in range(2):
@@ -443,7 +446,34 @@ class TestMMSBR:
                 pivots, text = (pivots + read) / 2, text + read
                 read = 2 * np.concatenate([pivots, image]).mean(0)
                 pivots, image = (pivots + read) / 2, image + read
-            np.testing.assert_allclose(found[row], pivots.ravel(), rtol=1e-4, atol=1e-6)
+            expected = pivots.ravel() + values(model)["pivots_item.weight"] @ own
+            np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-6)
+
+    def test_training_leaves_the_loss_of_equal_scores(self):
+        """Where pivots that have read were all that items had, it never did."""
+        random, count = np.random.default_rng(0), 50
+        follows, rows = random.permutation(count), random.integers(count, size=(300, 12))
+        for place in range(1, 12):
+            follow = random.random(300) < 0.8
+            rows[follow, place] = follows[rows[follow, place - 1]]
+        features = {
+            name: Features(
+                random.standard_normal((count, width)).astype(np.float32) / 8, np.ones(count, bool), "drawn"
+            )
+            for name, width in (("text", 64), ("image", 32))
+        }
+        data = TrainingData(300, count, worlds.histories(list(rows + 1)), features, None, None, None)
+        torch.manual_seed(0)
+        model = MMSBR(data, MMSBRConfig(width=32, rounds=2)).train()
+        optimizer, losses = torch.optim.Adam(model.parameters(), lr=3e-3), []
+        epochs = (Epochs(data, "next", batch_size=128, length=16).epoch(epoch) for epoch in itertools.count())
+        for batch, _ in itertools.islice(itertools.chain.from_iterable(epochs), 100):
+            loss = model.loss(batch, Criterion("ce"))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert np.mean(losses[-20:]) < 0.85 * np.log(count)
 
     def test_interest_weighs_items_by_themselves_and_their_mean(self):
         model = mmsbr_model(replace(DATA, prices=None))
