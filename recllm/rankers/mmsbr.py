@@ -23,8 +23,8 @@ Ours: the paper's pseudo-modalities come from generative models; here a linear m
 contrast is among the distinct targets of a batch that have both, instead of among all pairs of items. Prices
 add their distance, where the release multiplies interest by it, so that far prices count as near ones. Levels
 are quantiles. f_n and g_n have no biases, so that an item without image or text adds none. W_0 is ours, and
-W_2 begins at a tenth: with what pivots have read alone, all items' vectors were so alike that training stayed
-at the loss of equal scores, on generated data (with the release's initialization also) and on MovieLens.
+W_2 begins at a tenth: without, training stayed at the loss of equal scores, on generated data (from the
+release's initialization also) and on MovieLens. Likely what all items' vectors share crowded out their own.
 """
 
 from __future__ import annotations
