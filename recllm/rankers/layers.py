@@ -20,9 +20,9 @@ def dropout(x: Tensor, share: float) -> Tensor:
     Ours on the CPU, where a value costs 16 random bits: torch draws value after value on processors that are
     not Intel's, which takes a multiple of the time.
     """
-    if share == 0 or x.device.type != "cpu":
+    if share in (0, 1) or x.device.type != "cpu":
         return F.dropout(x, share)
-    dropped = round(share * 2**16)
+    dropped = min(round(share * 2**16), 2**16 - 1)
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
     keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x, requires_grad=False))
@@ -52,16 +52,12 @@ def attention(
     return dropout(scores.softmax(-1), dropped) @ value
 
 
-class Dropout(nn.Module):
-    """Dropout in training, and nothing else."""
-
-    def __init__(self, share: float) -> None:
-        super().__init__()
-        self.share = share
+class Dropout(nn.Dropout):
+    """torch's, drawn by `dropout`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x, in training with dropout."""
-        return dropout(x, self.share) if self.training else x
+        return dropout(x, self.p) if self.training else x
 
 
 class CrossAttention(nn.Module):

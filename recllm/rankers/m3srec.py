@@ -105,7 +105,7 @@ class ExpertBlock(nn.Module):
     def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
         """Maps [B, N, width] to [B, N, width]; `allowed` [B, N, N]: which token attends to which."""
         heads = self.query_key_value(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = attention(*heads, allowed[:, None], self.dropout.share if self.training else 0)
+        mixed = attention(*heads, allowed[:, None], self.dropout.p if self.training else 0)
         x = self.norms[0](x + self.dropout(self.output(mixed.transpose(1, 2).flatten(2))))
         return self.norms[1](x + self.dropout(self.mixture(x)))
 

@@ -86,7 +86,7 @@ class DecoderBlock(nn.Module):
         self.items, self.interests = (CrossAttention(width, heads, dropout) for _ in range(2))
         self.expand, self.contract = nn.Linear(width, inner), nn.Linear(inner, width)
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
-        self.dropout, self.inner_dropout = Dropout(dropout), Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, items: Tensor, known: Tensor, interests: Tensor, real: Tensor) -> Tensor:
         """Maps places x [B, N, width], which read items [B, T, width] and interests [B, M, width].
@@ -95,7 +95,7 @@ class DecoderBlock(nn.Module):
         """
         x = self.norms[0](x + self.dropout(self.items(x, items, known)))
         x = self.norms[1](x + self.dropout(self.interests(x, interests, real)))
-        inner = self.inner_dropout(F.gelu(self.expand(x)))
+        inner = self.dropout(F.gelu(self.expand(x)))
         return self.norms[2](x + self.dropout(self.contract(inner)))
 
 

@@ -47,6 +47,10 @@ def test_dropout_is_of_training_alone():
     assert Dropout(0.5).eval()(x) is x
     assert Dropout(0.0).train()(x).equal(x)
     assert not Dropout(0.5).train()(x).equal(x)
+    assert not Dropout(1.0).train()(x).any()
+    assert Dropout(1 - 1e-9).train()(x).isfinite().all()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Dropout(1.5)
 
 
 @pytest.mark.parametrize("kind", ["all", "mask", "causal"])
