@@ -6,14 +6,12 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint tables clean
 
 quickstart: $(VENV)/.ready
-	@echo "== quickstart (about 10 minutes on two cores, of which 4 train the embedded model once; what is finished is used again)"
+	@echo "== quickstart (about 5 minutes on two cores; what is finished is used again)"
 	@HF_HUB_OFFLINE=1 $(BIN)/recllm quickstart quickstart
 
 test: $(VENV)/.ready
 	@echo "== lint (seconds)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
-	@echo "== the embedded model (about 4 minutes on two cores, once; kept in the user's cache folder)"
-	@HF_HUB_OFFLINE=1 $(BIN)/recllm model tiny
 	@echo "== tests (7 to 9 minutes on two cores)"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 

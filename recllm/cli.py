@@ -105,7 +105,13 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "recllm.mllm.model_commands",
         "TinyOptions",
         "tiny",
-        "train the embedded model now, and say where it is",
+        "the folder of the embedded model",
+    ),
+    "model train-tiny": (
+        "recllm.mllm.model_commands",
+        "TrainTinyOptions",
+        "train_tiny",
+        "train the embedded model from nothing",
     ),
     "store stats": (
         "recllm.mllm.store_commands",

@@ -137,7 +137,7 @@ def _steps(options: QuickstartOptions) -> Iterator[Step]:
         "20 negatives for each target", f"data candidates {split} --negatives 20", f"{lists}/test.parquet"
     )
     yield recllm(
-        "what pictures show (VIU), item summaries (IMSG); first, once, the embedded Qwen2-VL is trained",
+        "what pictures show (VIU) and item summaries (IMSG), by the embedded Qwen2-VL",
         "build items toys --model tiny",
         "toys/texts/imsg.parquet",
     )

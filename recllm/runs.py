@@ -29,10 +29,13 @@ def describe_run() -> dict[str, Any]:
 
 
 def describe_machine() -> str:
-    """Returns the machine's kind in words, for measured figures: cores, architecture, memory."""
+    """Returns the machine's kind in words, for measured figures: cores, vector instructions, memory."""
+    from recllm.precision import vector_instructions
+
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     cores = len(os.sched_getaffinity(0))
-    return f"{cores} cores, {platform.machine()}, {gib:.0f} GiB memory, {platform.system()}"
+    cpu = f"{platform.machine()} ({vector_instructions()})"
+    return f"{cores} cores, {cpu}, {gib:.0f} GiB memory, {platform.system()}"
 
 
 def git_revision() -> str | None:

@@ -29,10 +29,10 @@ def shared_data() -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def tiny_path() -> Path:
-    """The folder of the embedded model; the first run trains it, which takes minutes."""
+    """The folder of the embedded model."""
     from recllm.mllm import tiny
 
-    return tiny.ensure()
+    return tiny.checkpoint_folder()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import zipfile
@@ -50,6 +51,9 @@ def test_the_wheel_holds_the_package_alone_and_its_command(tmp_path):
     assert {name.split("/")[0].split("-")[0] for name in names} == {"recllm"}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "recllm").rglob("*.py")}
     assert modules <= set(names)
+    model = {str(path.relative_to(ROOT)) for path in (ROOT / "recllm/mllm/tiny/checkpoint").iterdir()}
+    assert "recllm/mllm/tiny/checkpoint/model.safetensors" in model
+    assert model <= set(names)
     assert "recllm = recllm.cli:main" in points
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -99,3 +103,17 @@ def test_no_script_or_folder_is_named_after_a_dependency():
         for path in (ROOT / folder).iterdir()
     }
     assert not found & taken
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("active", "active")])
+def test_waiting_threads_sleep_unless_the_user_wants_them_to_spin(given: str | None, expected: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    if given is not None:
+        environment["OMP_WAIT_POLICY"] = given
+    program = (
+        "import sys, recllm, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
+    )
+    assert told.stdout.strip() == expected

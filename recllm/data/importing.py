@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from recllm.data import schema
 from recllm.data.coding import encode, recode
@@ -20,6 +19,7 @@ from recllm.data.raw.tables import RawDataset, images_by_item
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
 from recllm.files import DATASET, staged_folder
+from recllm.progress import Progress
 
 
 def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
@@ -185,7 +185,7 @@ def _stage_images(
     missing: list[str] = []
     root = raw.image_folder.resolve()
     pairs = items.select("item", "images").explode("images").drop_nulls()
-    for item, path in tqdm(pairs.iter_rows(), "images", len(pairs), unit="file", disable=None):
+    for item, path in Progress(pairs.iter_rows(), "images", len(pairs), unit="file"):
         source = root / path if is_inside(path) else None
         if source is None or not source.resolve().is_relative_to(root):
             outside.append(f"item {item!r}: {path!r}")

@@ -36,8 +36,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """Returns where a model or adapter is; one of the hub is fetched into its cache where need be.
 
     Args:
-        name: A local folder, a hub id, or `tiny` for the embedded model, which is trained on first use (a
-            folder called so is `./tiny`). A folder goes before the hub.
+        name: A local folder, a hub id, or `tiny` for the embedded model (a folder of that name is
+            `./tiny`). A folder takes precedence over the hub.
         revision: Branch, tag or commit on the hub.
 
     Raises:
@@ -48,7 +48,7 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     if name == "tiny":
         from recllm.mllm import tiny
 
-        return Checkpoint("tiny", tiny.ensure())
+        return Checkpoint("tiny", tiny.checkpoint_folder())
     if folder.is_file():
         raise DataError(f"{name}: a file; give the folder that it is in")
     if folder.is_dir():

@@ -7,7 +7,6 @@ stored_embeddings(folder, texts)  # the same, kept on disk until the texts or th
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,6 +19,7 @@ from recllm.data.dataset import describe_file
 from recllm.errors import DataError
 from recllm.files import read_json, sha256, staged_folder, write_json
 from recllm.mllm.ranks import rank
+from recllm.progress import Progress
 from recllm.runs import describe_run
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
@@ -104,12 +104,7 @@ def embed_texts(
     vectors = np.zeros((len(texts), loaded.get_embedding_dimension()), dtype=np.float32)
     if place:
         distinct = list(place)
-        encoded = loaded.encode(
-            distinct,
-            batch_size=batch_size,
-            show_progress_bar=progress and sys.stderr.isatty() and rank() == 0,
-            convert_to_numpy=True,
-        )
+        encoded = _encode(loaded, distinct, batch_size, shown=progress and rank() == 0)
         if not np.isfinite(encoded).all():
             text = distinct[int((~np.isfinite(encoded).all(1)).argmax())]
             raise DataError(f"{encoder.name}: the vector of {text[:80]!r} is not finite; use another encoder")
@@ -290,6 +285,24 @@ def _load(folder: Path, fingerprint: str, device: str | None) -> Any:
     finally:
         if shown:
             logging.enable_progress_bar()
+
+
+def _encode(loaded: Any, texts: list[str], batch_size: int, *, shown: bool) -> np.ndarray:
+    """Returns the vectors [texts, width]; texts of similar length share a batch."""
+    order = np.argsort([-len(text) for text in texts], kind="stable")
+    vectors = np.zeros((len(texts), loaded.get_embedding_dimension()), dtype=np.float32)
+    chunk = 16 * batch_size
+    with Progress(desc="embedding", total=len(texts), unit="text", disable=not shown, leave=False) as bar:
+        for start in range(0, len(order), chunk):
+            places = order[start : start + chunk]
+            vectors[places] = loaded.encode(
+                [texts[place] for place in places],
+                batch_size=batch_size,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+            )
+            bar.update(len(places))
+    return vectors
 
 
 def _count_truncated(loaded: Any, texts: list[str], chunk: int = 4096) -> int:

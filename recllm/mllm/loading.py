@@ -14,6 +14,7 @@ from recllm.errors import DataError
 from recllm.mllm.checkpoints import Checkpoint, check_architecture, check_model_folder, find_checkpoint
 from recllm.mllm.fingerprint import fingerprint
 from recllm.mllm.ranks import local_rank
+from recllm.precision import computed_in, has_bfloat16, warn_if_emulated
 
 if TYPE_CHECKING:
     from recllm.mllm.token_budget import ImageTokens
@@ -32,7 +33,7 @@ class LoadOptions:
     adapter: str | None = None
     """A LoRA adapter trained on that model: a local folder or a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of the weights; `auto` is the one they were saved in."""
+    """Number type of the weights; `auto` is the one they were saved in, or float32 on a CPU without it."""
     device_map: str | None = None
     """`auto` (spread over all accelerators), `cpu`, `cuda:1`, ...; by default this process's accelerator."""
     attn_implementation: str | None = None
@@ -143,7 +144,8 @@ def load(
     Args:
         name: A local folder, a hub id, or `tiny` (see `recllm.mllm.tiny`).
         adapter: A LoRA adapter that was trained on this model.
-        dtype: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+        dtype: `float32`, `bfloat16`, `float16`, or `auto`: as saved, but float32 on a CPU that has no
+            instructions for it.
         device_map: As transformers takes it. None: the accelerator of this process (`LOCAL_RANK`) where there
             is one, else the CPU; in training without quantization the CPU, for the trainer moves the model.
         attn_implementation: As transformers takes it; None for its choice.
@@ -275,15 +277,13 @@ def _load_model(
 
     from recllm.mllm.quantization import check_nf4, keep_unpacked, nf4_config
 
-    options: dict[str, Any] = {}
-    if quantization == "nf4":
-        compute = _compute_dtype(dtype)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        options = {"quantization_config": nf4_config(config, compute), "dtype": compute}
-    elif quantization is not None:
+    if quantization not in (None, "nf4"):
         raise DataError(f"quantization {quantization!r}: expected nf4 or none")
-    else:
-        options = {"dtype": dtype}
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    on_cpu = device_map == "cpu" or not torch.accelerator.is_available()
+    options: dict[str, Any] = {"dtype": _computed_in(dtype, config, quantization, on_cpu)}
+    if quantization == "nf4":
+        options["quantization_config"] = nf4_config(config, options["dtype"])
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     placement = _placement(device_map, by_trainer=training and quantization is None)
@@ -326,12 +326,18 @@ def _placement(device_map: str | dict[str, Any] | None, *, by_trainer: bool) -> 
     return {"": local_rank()}
 
 
-def _compute_dtype(dtype: str) -> Any:
+def _computed_in(dtype: str, config: Any, quantization: str | None, on_cpu: bool) -> Any:
+    """Returns the number type to load weights in; `auto` if they and the config decide."""
     import torch
 
     if dtype != "auto":
-        return getattr(torch, dtype)
-    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        asked = getattr(torch, dtype)
+        warn_if_emulated(asked, on_cpu=on_cpu)
+        return asked
+    if quantization == "nf4":
+        return torch.bfloat16 if not on_cpu and has_bfloat16() else torch.float32
+    saved = config.dtype or config.get_text_config().dtype
+    return "auto" if saved is None else computed_in(saved, on_cpu=on_cpu)
 
 
 @contextmanager

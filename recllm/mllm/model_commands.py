@@ -1,20 +1,40 @@
-"""What the `recllm model ...` commands do and print."""
+"""The `recllm model ...` commands."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
 
 
 @dataclass
 class TinyOptions:
-    """Trains the embedded model, where it is not in the cache folder yet, and prints its folder."""
+    """Prints the folder of the embedded model, which comes with the package."""
 
+
+@dataclass
+class TrainTinyOptions:
+    """Trains the embedded model from nothing, as the package's own was, into a folder."""
+
+    out: Positional[Annotated[Path, arg(metavar="OUT")]]
+    """The folder to make; give it as a model's name wherever `tiny` stands."""
     seed: int = 0
-    """Decides its weights; `tiny` as a model's name is that of seed 0."""
+    """Decides the first weights, the lessons and the pictures; the package's own has seed 0."""
+    overwrite: bool = False
+    """Replace OUT if it is an embedded model."""
 
 
 def tiny(options: TinyOptions) -> None:
-    """Prints the folder of the embedded model, after it was trained."""
-    from recllm.mllm.tiny import ensure
+    """Prints the folder of the embedded model."""
+    from recllm.mllm.tiny import checkpoint_folder
 
-    print(ensure(options.seed))
+    print(checkpoint_folder())
+
+
+def train_tiny(options: TrainTinyOptions) -> None:
+    """Trains the embedded model and prints its folder."""
+    from recllm.mllm.tiny import train_checkpoint
+
+    print(train_checkpoint(options.out, seed=options.seed, overwrite=options.overwrite))

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
-from tqdm import tqdm
 
 from recllm.errors import DataError
 from recllm.files import read_json
@@ -27,6 +26,7 @@ from recllm.mllm.images import ImageError, map_in_threads, read_image_bytes
 from recllm.mllm.token_budget import ImageTokens
 from recllm.mllm.visual_journal import BITS, DTYPES, INDEX, MANIFEST, TOKENS, Journal
 from recllm.mllm.visual_tower import VisionTower, store_identity, unwrapped
+from recllm.progress import Progress
 from recllm.runs import describe_run
 
 
@@ -100,12 +100,12 @@ def build_visual_store(
 
         batch: dict[str, dict[str, Any]] = {}
         size = 0
-        for path, got in tqdm(
+        for path, got in Progress(
             map_in_threads(try_prepare, paths, workers),
             "encoding",
             len(paths) if hasattr(paths, "__len__") else None,
             unit="image",
-            disable=None if progress else True,
+            disable=not progress,
         ):
             files += 1
             if isinstance(got, ImageError):

@@ -126,7 +126,7 @@ def export(options: ExportOptions) -> None:
         stored = probes["margin"].to_numpy()
         own = _margins(_as_trained(options.run, settings), probes, dataset)
         before, base = _write(options, settings, probes, dataset, own, staging)
-        after = _margins(_loaded(settings, str(staging), None, options.dtype), probes, dataset)
+        after = _margins(_loaded(settings, str(staging), None, _computed_in(options)), probes, dataset)
         checks = {
             "stored": Comparison.of(own, stored),
             "merge": Comparison.of(after, before),
@@ -183,20 +183,32 @@ def _write(
     folder: Path,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Writes the merged model; returns the margins before the merge, and those of the base alone."""
+    import torch
+
     base = None
     if settings["method"] == "full":
-        loaded = _loaded(settings, str(options.run), None, options.dtype)
+        loaded = _loaded(settings, str(options.run), None, _computed_in(options))
         before = own
         model = loaded.model
     else:
-        loaded = _loaded(settings, settings["model"], options.run, options.dtype)
+        loaded = _loaded(settings, settings["model"], options.run, _computed_in(options))
         before = _margins(loaded, probes, dataset)
         with loaded.model.disable_adapter():
             base = _margins(loaded, probes, dataset)
         model = merged(loaded.model, options.run)
-    model.save_pretrained(folder)
+    model.to(getattr(torch, options.dtype)).save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
     return before, base
+
+
+def _computed_in(options: ExportOptions) -> str:
+    """The number type to merge and score in: that of the export, if this machine computes in it."""
+    import torch
+
+    from recllm.precision import computed_in
+
+    on_cpu = not torch.accelerator.is_available()
+    return str(computed_in(getattr(torch, options.dtype), on_cpu=on_cpu)).removeprefix("torch.")
 
 
 def merged(model: Any, run: Path) -> Any:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from recllm.errors import DataError
 from recllm.mllm.ranks import local_rank, world_size
+from recllm.precision import has_bfloat16
 
 if TYPE_CHECKING:
     from recllm.training.options import SFTOptions
@@ -59,11 +60,17 @@ def prepare(options: SFTOptions) -> dict[str, Any]:
 
 
 def uses_bf16(options: SFTOptions) -> bool:
-    """Returns whether to train in mixed precision with bfloat16: as asked, by default where a GPU has it."""
+    """Returns whether to train in mixed precision with bfloat16: as asked, by default where a GPU has it.
+
+    Raises:
+        DataError: It was asked for, and neither the GPU nor the CPU has it.
+    """
     import torch
 
     if options.bf16 == "auto":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        return torch.cuda.is_available() and has_bfloat16()
+    if options.bf16 == "yes" and not has_bfloat16():
+        raise DataError("--bf16 yes: this machine has no instructions for bfloat16; leave it out")
     return options.bf16 == "yes"
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from tqdm import tqdm
 
 from recllm.data.dataset import describe_file
 from recllm.errors import DataError
 from recllm.files import read_json, write_file
 from recllm.mllm.ranks import rank
+from recllm.progress import Progress
 from recllm.training.conversations import encode_conversation
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _write_tokens(path: Path, loaded: LoadedModel, table: pl.DataFrame, folder: 
     )
     with (
         pa.ipc.new_stream(path, schema) as writer,
-        tqdm(total=len(table), desc="tokens", unit="row", disable=None if rank() == 0 else True) as bar,
+        Progress(total=len(table), desc="tokens", unit="row", disable=rank() > 0) as bar,
     ):
         for block in table.iter_slices(_BLOCK):
             rows = []

@@ -16,6 +16,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from recllm.mllm.scoring.attention import shared_prefix_attention
+from recllm.progress import Progress
 from recllm.training.checkpoints import drop_old, mark_complete
 from recllm.training.collate import IMAGE_KEYS
 from recllm.training.packing import IGNORED
@@ -70,6 +71,7 @@ class RecSFTTrainer(SFTTrainer):
         self._group_by_length, self._store = group_by_length, visual_store
         self._shared_decoder = shared_decoder
         self._sampler: EpochSampler | None = None
+        self._progress: Progress | None = None
         self._seen = {"tokens": 0, "rows": 0}
         self._clock = time.perf_counter()
         self.add_callback(_Steps(self, save_every))
@@ -86,6 +88,14 @@ class RecSFTTrainer(SFTTrainer):
         lengths = list(rows["length"]) if self._group_by_length else None
         self._sampler = EpochSampler(rows["group"], step, self.args.seed, lengths)
         return self._sampler
+
+    def train(self, *arguments: Any, **named: Any) -> Any:
+        """Trains; without a terminal, a line every 30 seconds says how far it is."""
+        try:
+            return super().train(*arguments, **named)
+        finally:
+            if self._progress is not None:
+                self._progress.close()
 
     def _run_epoch(self, *arguments: Any, **named: Any) -> None:
         if not self.control.should_training_stop:
@@ -212,6 +222,10 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Curves begin before the first step; a run that had stopped early does not go on when resumed."""
+        if self._trainer.args.should_save and not sys.stderr.isatty():  # on a terminal transformers has a bar
+            self._trainer._progress = Progress(
+                desc="training", total=state.max_steps, unit="step", initial=state.global_step
+            )
         if state.global_step == 0:
             self._trainer.validate()
         for callback in self._trainer.callback_handler.callbacks:
@@ -221,6 +235,8 @@ class _Steps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Saves between validations."""
+        if self._trainer._progress is not None:
+            self._trainer._progress.update()
         if self._save_every is not None and state.global_step % self._save_every == 0:
             control.should_save = True
 

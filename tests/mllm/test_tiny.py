@@ -1,14 +1,9 @@
-"""The embedded model: what it sees and says, its tokens, and how it is trained once and kept."""
+"""The embedded model: what it sees and says on unseen worlds, its tokens, and how it is trained."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +14,15 @@ import torch
 
 from recllm.data.toyworld import render
 from recllm.errors import DataError
+from recllm.files import sha256
 from recllm.mllm import tiny
 from recllm.mllm.chat import message
 from recllm.mllm.tiny.architecture import SHAPES, Shape, _config_of
-from recllm.mllm.tiny.cache import _without_prose
-from recllm.mllm.tiny.lessons import LOOKS, Lesson, Look, PictureBook, Teacher, tracked
+from recllm.mllm.tiny.lessons import LOOKS, SHARES, Lesson, Look, PictureBook, Teacher, tracked
+from recllm.mllm.tiny.muon import Muon, orthogonalized
 from recllm.mllm.tiny.tokenizer import SPECIAL_TOKENS, build_processor
 from recllm.mllm.tiny.training import Course, batches_of, train
+from recllm.prompts import TEMPLATES
 from recllm.prompts.mmsrarec import parse_keywords
 from recllm.prompts.safe_text import IMAGE_MARK
 
@@ -251,90 +248,73 @@ def test_the_seed_decides_the_weights_and_nothing_around_it_does() -> None:
     assert weights_hash(train(4, SMALL, BRIEF, progress=False)[0]) != one
 
 
-def test_the_folder_name_follows_what_decides_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    from recllm.prompts import TEMPLATES, mllm_srec
+def test_a_brief_training_is_written_as_a_checkpoint_that_computes_in_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from recllm.mllm import load
+    from recllm.mllm.tiny import training
 
-    usual = tiny.fingerprint(0, SHAPES["tiny"], Course())
-    assert usual == tiny.fingerprint(0, SHAPES["tiny"], Course())
-    assert usual != tiny.fingerprint(1, SHAPES["tiny"], Course())
-    assert usual != tiny.fingerprint(0, SHAPES["tiny"], Course(steps=1))
-    monkeypatch.setitem(TEMPLATES, "mllm_srec.viu", mllm_srec.VIU.replaced_by("What is it?", "here"))
-    assert usual != tiny.fingerprint(0, SHAPES["tiny"], Course())
-
-
-def test_the_folder_name_follows_code_and_not_its_prose() -> None:
-    code = 'def f(x):\n    """Doubles."""\n    return 2 * x  # why\n'
-    assert _without_prose(code) == _without_prose("def f(x):\n    return (\n        2 * x\n    )\n")
-    assert _without_prose(code) != _without_prose(code.replace("2 * x", "3 * x"))
-
-
-def test_the_cache_folder_is_the_users_choice(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("RECLLM_CACHE", str(tmp_path / "chosen"))
-    assert tiny.cache_folder() == tmp_path / "chosen"
-    monkeypatch.delenv("RECLLM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert tiny.cache_folder() == tmp_path / "xdg" / "recllm"
+    monkeypatch.setattr(training, "Course", lambda: BRIEF)
+    folder = tiny.train_checkpoint(tmp_path / "small", seed=5)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["seed"] == 5
+    assert manifest["course"]["steps"] == BRIEF.steps
+    loaded = load(folder)
+    assert {weight.dtype for weight in loaded.model.parameters()} == {torch.float32}
+    assert "Training the embedded model" in capfd.readouterr().err
+    with pytest.raises(DataError, match="exists already"):
+        tiny.train_checkpoint(folder)
+    with pytest.raises(DataError, match="seed=-1"):
+        tiny.train_checkpoint(tmp_path / "other", seed=-1)
 
 
-@pytest.mark.parametrize("where", ["file", "seed"])
-def test_what_cannot_work_is_said(tmp_path: Path, where: str) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="RECLLM_CACHE" if where == "file" else "seed"):
-        tiny.ensure(-1 if where == "seed" else 0, cache=tmp_path / "file")
+def test_the_package_has_the_checkpoint_and_its_manifest(tiny_path: Path) -> None:
+    manifest = json.loads((tiny_path / "manifest.json").read_text())
+    assert manifest["weights_sha256"] == sha256(tiny_path / "model.safetensors")
+    assert manifest["seed"] == 0
+    assert manifest["lessons"].keys() == {kind.__name__ for kind in SHARES}
+    assert manifest["templates"].keys() <= TEMPLATES.keys()
+    assert manifest["templates"]
+    assert sum(file.stat().st_size for file in tiny_path.iterdir()) < 4_000_000
 
 
-_PROGRAM = """
-import sys
-from pathlib import Path
-from recllm.mllm import tiny
-from recllm.mllm.tiny.training import Course
-from recllm.quiet import hush
-hush()
-course = Course(looking=1, steps=int(sys.argv[2]), comparing=0, lessons=2, drawn=1)
-print(tiny.ensure(cache=Path(sys.argv[1]), course=course))
-"""
+def test_an_incomplete_installation_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recllm.mllm.tiny import checkpoint
+
+    monkeypatch.setattr(checkpoint, "_FOLDER", tmp_path)
+    with pytest.raises(DataError, match="train-tiny"):
+        tiny.checkpoint_folder()
 
 
-def start(cache: Path, steps: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(cache), str(steps)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9), (9, 4)])
+def test_muon_steps_as_torchs_does_but_for_bfloat16(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for _ in range(3)]
+    ours = [torch.nn.Parameter(each.clone()) for each in start]
+    theirs = [torch.nn.Parameter(each.clone()) for each in start]
+    pairs = (
+        (Muon(ours, lr=0.02, weight_decay=0.1), ours),
+        (torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"), theirs),
     )
+    for _ in range(5):
+        gradients = [torch.randn(shape, generator=generator) for _ in start]
+        for optimizer, weights in pairs:
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient.clone()
+            optimizer.step()
+    for one, other, first in zip(ours, theirs, start, strict=True):
+        moved = (other - first).norm()
+        assert moved > 0.05
+        assert (one - other).norm() < 0.03 * moved
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def test_two_processes_at_once_train_once(tmp_path: Path) -> None:
-    both = [start(tmp_path, 3) for _ in range(2)]
-    told = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], told
-    assert told[0][0] == told[1][0]
-    assert sum("Training the embedded model" in error for _, error in told) == 1
-    folder = Path(told[0][0].strip())
-    assert json.loads((folder / "manifest.json").read_text())["steps"] == 4
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == [folder.name]
-
-
-def test_a_waiting_process_takes_over_from_one_that_is_killed(tmp_path: Path) -> None:
-    first = start(tmp_path, 150)
-    wait_for(lambda: any(path.is_dir() for path in tmp_path.iterdir()))
-    second = start(tmp_path, 150)
-    assert second.stderr is not None
-    assert "waiting for it" in second.stderr.readline()
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    assert not any(path.is_dir() and path.name.startswith("tiny") for path in tmp_path.iterdir())
-    out, error = second.communicate(timeout=300)
-    assert second.returncode == 0, error
-    assert (Path(out.strip()) / "model.safetensors").is_file()
+def test_orthogonalized_matrices_keep_their_singular_vectors() -> None:
+    matrices = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(1))
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = left.mT @ orthogonalized(matrices) @ right.mT
+    torch.testing.assert_close(values, torch.diag_embed(values.diagonal(dim1=1, dim2=2)), atol=1e-4, rtol=0)
+    assert float(values.diagonal(dim1=1, dim2=2).min()) > 0.5
+    assert float(values.diagonal(dim1=1, dim2=2).max()) < 1.5
 
 
 # random weights of any size ---------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
+from recllm import precision
 from recllm.config import parse_config
 from recllm.errors import DataError
 from recllm.training import launching
@@ -105,6 +106,7 @@ def test_bfloat16_is_taken_where_a_gpu_has_it_and_never_unasked_on_cpus(
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
     assert [launching.uses_bf16(SFTOptions(bf16=how)) for how in ("auto", "yes", "no")] == [
         False,
         True,
@@ -114,5 +116,5 @@ def test_bfloat16_is_taken_where_a_gpu_has_it_and_never_unasked_on_cpus(
     with pytest.raises(DataError, match="on GPUs only"):
         launching.prepare(SFTOptions(bf16="yes"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     assert [launching.uses_bf16(SFTOptions(bf16=how)) for how in ("auto", "yes", "no")] == [True, True, False]

@@ -19,11 +19,11 @@ from typing import IO, Any
 
 import orjson
 import polars as pl
-from tqdm import tqdm
 
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.tables import LINE
 from recllm.errors import DataError
+from recllm.progress import Progress
 
 BATCH = 200_000
 LITERAL_LIMIT = 1_000_000
@@ -34,7 +34,7 @@ _CUT = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFi
 class _Metered(io.FileIO):
     """A file that moves a progress bar as it is read."""
 
-    def __init__(self, path: Path, bar: tqdm) -> None:
+    def __init__(self, path: Path, bar: Progress) -> None:
         super().__init__(path, "rb")
         self._bar = bar
 
@@ -56,7 +56,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     suffix = path.suffix.lower()
     try:
         with (
-            tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True, disable=None) as bar,
+            Progress(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar,
             io.BufferedReader(_Metered(path, bar), 1 << 18) as packed,
         ):
             if suffix == ".zip":

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-from tqdm import tqdm
 
 from recllm.mllm import ranks
 from recllm.mllm.chat import Backend, Decoding, Request, Result
 from recllm.mllm.store import GenerationStore, ImageHashes, StoreWriter, request_key
+from recllm.progress import Progress
 
 KEY_SIZE = 32
 _AT_ONCE = 4096
@@ -118,10 +118,12 @@ def generate(
     ids: list[str] = []
     keys, prompts = bytearray(), array("Q")
     total = len(requests) if hasattr(requests, "__len__") else None
-    silent = True if progress is None or ranks.rank() else None  # None is silent without a terminal
+    silent = progress is None or ranks.rank() > 0
     with (
         store.writer(backend.identity, decoding) as writer,
-        tqdm(desc=progress, total=total, unit="request", disable=silent, smoothing=0.1, leave=False) as bar,
+        Progress(
+            desc=progress, total=total, unit="request", disable=silent, smoothing=0.1, leave=False
+        ) as bar,
     ):
         run = _Run(backend, store, writer, decoding, bar)
         stream = iter(requests)
@@ -148,7 +150,7 @@ class _Run:
         store: GenerationStore,
         writer: StoreWriter,
         decoding: Decoding,
-        bar: tqdm,
+        bar: Progress,
     ) -> None:
         self.backend, self.store, self.writer, self.decoding = backend, store, writer, decoding
         self.bar = bar

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from recllm.files import write_file
 from recllm.mllm import ranks
@@ -17,6 +16,7 @@ from recllm.mllm.scoring.prompts import PromptReader, digest_of_images, group_ro
 from recllm.mllm.scoring.scorer import YesNoScorer
 from recllm.mllm.scoring.shards import ScoreShards
 from recllm.mllm.scoring.tables import unit_reader
+from recllm.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,7 @@ def score_into(
         with (
             shards.writer(ranks.rank()) as shard,
             scorer.session() as session,
-            tqdm(
-                desc="scoring", total=total, unit="row", disable=True if ranks.rank() else None, leave=False
-            ) as bar,
+            Progress(desc="scoring", total=total, unit="row", disable=ranks.rank() > 0, leave=False) as bar,
         ):
             reader = PromptReader(scorer.loaded, folder, sizes, session.key_of)
             units = [unit_reader(reader, rows, unit) for unit in mine]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-from tqdm import tqdm
 
 from recllm.mllm.ranks import rank
 from recllm.mllm.scoring.prompts import COLUMNS, Prompt, PromptReader, group_rows, image_sizes, units_of
+from recllm.progress import Progress
 
 if TYPE_CHECKING:
     from recllm.mllm.scoring.scorer import YesNoScorer
@@ -43,11 +43,11 @@ def score_table(
     margin, outside = np.empty(rows.height, np.float32), np.empty(rows.height, np.float32)
     with (
         scorer.session() as session,
-        tqdm(
+        Progress(
             desc="scoring",
             total=rows.height,
             unit="row",
-            disable=None if progress and rank() == 0 else True,
+            disable=not progress or rank() > 0,
             leave=False,
         ) as bar,
     ):

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from recllm.mllm.tiny.architecture import Shape, fresh_model
 from recllm.mllm.tiny.lessons import ATTRIBUTES, Lesson, PictureBook, Teacher
 from recllm.mllm.tiny.tokenizer import build_processor
+from recllm.progress import Progress
 
 if TYPE_CHECKING:
     import torch
@@ -79,8 +79,11 @@ def train(
 
     processor = build_processor(shape.min_pixels, shape.max_pixels)
     teaching, drawing = (np.random.default_rng([seed, number, 0x7EAC4]) for number in range(2))
-    total, silent = course.looking + course.steps + course.comparing, None if progress else True
-    with torch.random.fork_rng(devices=[]), tqdm(None, "training", total, unit="step", disable=silent) as bar:
+    total = course.looking + course.steps + course.comparing
+    with (
+        torch.random.fork_rng(devices=[]),
+        Progress(None, "training", total, unit="step", disable=not progress) as bar,
+    ):
         torch.manual_seed(seed)
         book = PictureBook(drawing, course.drawn)
         model = fresh_model(shape, processor).train()
@@ -100,7 +103,7 @@ def train(
 
 
 def _learn_to_see(
-    tower: torch.nn.Module, processor: Qwen2VLProcessor, book: PictureBook, course: Course, bar: tqdm
+    tower: torch.nn.Module, processor: Qwen2VLProcessor, book: PictureBook, course: Course, bar: Progress
 ) -> None:
     """Trains the tower so that color, pattern and shape can be read off the mean of a picture's tokens."""
     import torch
@@ -128,7 +131,7 @@ def _learn_to_compare(
     book: PictureBook,
     teacher: Teacher,
     course: Course,
-    bar: tqdm,
+    bar: Progress,
 ) -> None:
     """Trains on questions, whose yes and no are random, to know what a target shares with what was told.
 
@@ -181,11 +184,13 @@ class _Optimizer:
     def __init__(self, model: torch.nn.Module, steps: int, rate: float, course: Course) -> None:
         import torch
 
+        from recllm.mllm.tiny.muon import Muon
+
         self._trained = [weight for weight in model.parameters() if weight.requires_grad]
         tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
         matrices = [weight for weight in self._trained if weight.ndim == 2 and id(weight) not in tables]
         others = [weight for weight in self._trained if weight.ndim != 2 or id(weight) in tables]
-        muon = torch.optim.Muon(matrices, weight_decay=course.weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(matrices, weight_decay=course.weight_decay)
         adam = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
         self._parts = ((muon, rate), (adam, course.other_rate))
         self._steps, self._warmup, self._done = steps, course.warmup, 0
