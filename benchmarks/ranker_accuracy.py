@@ -24,8 +24,9 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from recllm.config import run_command
+from recllm.data.candidate_files import Candidates
 from recllm.data.candidates import Mask
-from recllm.evaluation.inputs import Candidates, read_system
+from recllm.evaluation.inputs import read_system
 from recllm.evaluation.metrics import compute_metrics
 from recllm.evaluation.ranks import RankRecords
 from recllm.evaluation.significance import bootstrap_means

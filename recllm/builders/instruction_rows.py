@@ -18,10 +18,10 @@ from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions
 from recllm.builders.preferences import Preferences
 from recllm.builders.prompt_length import PromptLength
-from recllm.data.dataset import describe_file
+from recllm.data.candidate_files import Candidates, read_candidates
 from recllm.data.splits import Split
+from recllm.data.tables import describe
 from recllm.errors import DataError
-from recllm.files import read_json
 from recllm.mllm.chat import IMAGE_PART, Request, message
 from recllm.mllm.images import resolve_image
 from recllm.mllm.token_budget import BudgetError
@@ -86,7 +86,8 @@ class InstructionBuilder:
         self.protocol = split.protocol
         self._candidates = None
         if options.candidates is not None and part != "train":
-            self._candidates, self.protocol = read_candidates(split, options.candidates, part)
+            candidates = read_candidates(split, options.candidates, part)
+            self._candidates, self.protocol = _negatives_of(candidates, split), candidates.protocol
         self._listed = None
         if top is not None:
             self._listed, self.protocol = top.lists_for(split, part), top.reranked_protocol  # type: ignore[arg-type]
@@ -208,35 +209,20 @@ class InstructionBuilder:
         return listed
 
 
-def read_candidates(split: Split, name: str, part: str) -> tuple[dict[tuple[str, str], list[int]], str]:
-    """Reads a split's candidate file.
-
-    Returns:
-        The negatives of each (user, target) as item codes, in the file's order, and the protocol.
+def _negatives_of(candidates: Candidates, split: Split) -> dict[tuple[str, str], list[int]]:
+    """Returns the negatives of each (user, target) as item codes, in the file's order.
 
     Raises:
-        DataError: The file is missing, is not the one that its manifest describes, or names unknown items.
+        DataError: The file names an item that the dataset does not have.
     """
-    folder = split.folder / "candidates" / name
-    path = folder / f"{part}.parquet"
-    if not path.exists():
-        raise DataError(f"{path} does not exist; make it with `recllm data candidates {split.folder}`")
-    manifest = read_json(folder / "manifest.json", "candidates (made by `recllm data candidates`)")
-    if describe_file(path) != manifest.get("files", {}).get(path.name):
-        raise DataError(f"{path} is not the file that manifest.json describes; make the candidates again")
-    code_of = {item: code for code, item in enumerate(split.dataset.items["item"])}
-    lists: dict[tuple[str, str], list[int]] = {}
-    table = pl.read_parquet(path, glob=False, columns=["user", "target", "item", "label"])
-    for user, target, item, label in table.iter_rows():
-        negatives = lists.setdefault((user, target), [])
-        if item not in code_of:
-            raise DataError(f"{path}: user {user!r}, item {item!r}: no such item in {split.dataset.folder}")
-        if not label:
-            negatives.append(code_of[item])
-    metadata = pl.read_parquet_metadata(path)
-    if "recllm.protocol" not in metadata:
-        raise DataError(f"{path} names no protocol; make the candidates again with `recllm data candidates`")
-    return lists, metadata["recllm.protocol"]
+    codes = split.dataset.items.select("item").with_row_index("code")
+    table = candidates.frame.join(codes, on="item", how="left", maintain_order="left")
+    if (unknown := table.filter(pl.col("code").is_null())).height:
+        named = describe(unknown.row(0, named=True))
+        raise DataError(f"{candidates.path}: {named}: no such item in {split.dataset.folder}")
+    negatives = pl.col("code").filter(pl.col("label") == 0)
+    lists = table.group_by("user", "target", maintain_order=True).agg(negatives)
+    return {(user, target): items for user, target, items in lists.iter_rows()}
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]], block: int = 2048) -> None:

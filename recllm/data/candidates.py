@@ -2,8 +2,8 @@
 catalog.
 
 `DATASET/splits/<split>/candidates/<name>/{valid,test}.parquet` has the columns `user, target, item, label`;
-one list is one (user, target): the target (label 1) and N negatives (label 0). The protocol stands in the
-file's metadata.
+one list is one (user, target): the target (label 1) and N negatives (label 0). The file's metadata has the
+protocol, a fingerprint of the rows, and the hashes of dataset and split (see `recllm.data.candidate_files`).
 
 Negatives are items that the user has touched in no part of the log, as is the custom of the field. Validation
 lists therefore know of a user's test items that they are no negatives; nothing else of the test part reaches
@@ -22,6 +22,7 @@ import numpy as np
 import polars as pl
 from tyro.conf import Positional, arg
 
+from recllm.data.candidate_files import candidate_metadata
 from recllm.data.dataset import MANIFEST, describe_file
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
@@ -146,9 +147,8 @@ def make_candidates(split: Split, options: CandidateOptions) -> Path:
     with staged_folder(folder, overwrite=options.overwrite) as staging:
         for part in ("valid", "test"):
             lists = _draw_part(split, part, sampler, options)
-            lists.write_parquet(
-                staging / f"{part}.parquet", metadata={"recllm.protocol": _of_part(protocol, part)}
-            )
+            metadata = candidate_metadata(lists, split, _of_part(protocol, part))
+            lists.write_parquet(staging / f"{part}.parquet", metadata=metadata)
         manifest = {
             "protocol": protocol,
             "data_hash": dataset.data_hash,

@@ -5,6 +5,7 @@ compute_metrics(records, ks=(5, 10)).mean()         # {'hr@5': ..., 'ndcg@10': .
 compare(records, other_records, names=["ndcg@10"])
 """
 
+from recllm.data.candidate_files import Candidates
 from recllm.evaluation.diagnostics import (
     Calibration,
     brier,
@@ -16,7 +17,7 @@ from recllm.evaluation.diagnostics import (
     novelty,
 )
 from recllm.evaluation.full_ranking import rank_catalog, rank_full, top_k
-from recllm.evaluation.inputs import Candidates, System, read_system, read_systems
+from recllm.evaluation.inputs import System, read_system, read_systems
 from recllm.evaluation.metrics import METRICS, Metrics, compute_metrics, metric_names, pooled_auc
 from recllm.evaluation.ranks import RankRecords, rank_candidates, rank_score_matrix
 from recllm.evaluation.significance import Comparison, bootstrap_means, compare, holm, sign_flip_test

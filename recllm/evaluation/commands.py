@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import numpy as np
 from tyro.conf import Positional, arg
 
+from recllm.data.candidate_files import Candidates
 from recllm.errors import DataError
 from recllm.evaluation import tables
-from recllm.evaluation.inputs import Candidates, System, check_distinct, read_systems, stem
+from recllm.evaluation.inputs import System, check_distinct, read_systems, stem
 from recllm.evaluation.metrics import Metrics, compute_metrics, distinct_metric_names, one_positive_each
 from recllm.evaluation.ranks import RankRecords, check_one_setting
 from recllm.evaluation.significance import (

@@ -1,44 +1,17 @@
-"""The files of an evaluation: candidates, and systems given by scores or by rank records."""
+"""The systems of an evaluation, given by scores or by rank records."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import polars as pl
-
+from recllm.data.candidate_files import Candidates
+from recllm.data.tables import read_table
 from recllm.errors import DataError
-from recllm.evaluation.frames import COLUMNS, check_candidates, check_scores, read_table
+from recllm.evaluation.frames import COLUMNS, check_scores
 from recllm.evaluation.metrics import pooled_auc
 from recllm.evaluation.ranks import RankRecords, check_one_setting, rank_candidates
-
-
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """A candidate file."""
-
-    path: Path
-    frame: pl.DataFrame
-    """`user`, (`target`,) `item`, `label`."""
-    protocol: str
-    fingerprint: str
-    """Of the content: equal lists have one, in whatever order or kind of file they are stored."""
-
-    @classmethod
-    def read(cls, path: Path) -> Candidates:
-        """Reads and checks it; a file without a protocol is named by its content, so that two never mix.
-
-        Raises:
-            DataError: The file is not a candidate file.
-        """
-        frame, metadata = read_table(path)
-        frame = check_candidates(frame, str(path))
-        fingerprint = _fingerprint(frame)
-        return cls(
-            path, frame, metadata.get("recllm.protocol") or f"candidates-{fingerprint[:12]}", fingerprint
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,14 +103,6 @@ def _refuse_repeats(paths: Sequence[Path], names: Sequence[str] | None = None) -
             also = f" (as {seen[key]})" if seen[key] != path else ""
             raise DataError(f"{path} is given twice{also}; give every file once")
         seen[key] = path
-
-
-def _fingerprint(frame: pl.DataFrame) -> str:
-    """Hashes the rows as quoted text in sorted order; 64 bits, in hex."""
-    digest = hashlib.sha256(",".join(frame.columns).encode())
-    for part in frame.sort(frame.columns).iter_slices(2**20):
-        digest.update(part.write_csv(include_header=False, quote_style="always").encode())
-    return digest.hexdigest()[:16]
 
 
 def _check_made_from(records: RankRecords, path: Path, candidates: Candidates) -> None:

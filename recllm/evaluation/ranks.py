@@ -15,16 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import polars as pl
 
+from recllm.data.candidate_files import check_candidates
+from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
-from recllm.evaluation.frames import (
-    COLUMNS,
-    check_candidates,
-    check_ranks,
-    check_scores,
-    describe,
-    read_table,
-    text_ids,
-)
+from recllm.evaluation.frames import COLUMNS, check_ranks, check_scores
 from recllm.files import write_file
 
 

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.data.splits import Split
 from recllm.evaluation import rank_catalog
 from recllm.files import write_file
 from recllm.rankers.popularity import Popularity
-from recllm.retrieval.score_files import check_absent, check_top_k, read_lists, tell_stage
+from recllm.retrieval.score_files import check_absent, check_top_k, tell_stage
 from recllm.retrieval.top_k import write_stage
 
 
@@ -60,7 +61,7 @@ def popularity(options: PopularityOptions) -> Path:
             rank_catalog(ranking, model.score_lists, system="popularity").save(path)
             print(f"{path}: rank records; next: recllm eval ranks {path}")
         return path
-    candidates = read_lists(split, options.candidates, options.part)
+    candidates = read_candidates(split, options.candidates, options.part)
     scores = model.score(candidates.frame)
     metadata = {"recllm.protocol": candidates.protocol, "recllm.system": "popularity"}
     write_file(path, lambda temporary: scores.write_parquet(temporary, metadata=metadata))

@@ -8,10 +8,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.evaluation.full_ranking import rank_catalog
 from recllm.files import write_file
-from recllm.retrieval.score_files import check_absent, check_top_k, check_word, read_lists, tell_stage
+from recllm.retrieval.score_files import check_absent, check_top_k, check_word, tell_stage
 
 
 @dataclass
@@ -81,7 +82,7 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
             rank_catalog(ranking, scores, system=system).save(path)
             print(f"{path}: rank records; next: recllm eval ranks {path}")
         return path
-    candidates = read_lists(run.split, options.candidates, options.part)
+    candidates = read_candidates(run.split, options.candidates, options.part)
     scored = score_candidates(ranker, run.data, run.split, options.part, candidates.frame)
     metadata = {"recllm.protocol": candidates.protocol, "recllm.system": system}
     write_file(path, lambda temporary: scored.write_parquet(temporary, metadata=metadata))

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recllm.data.candidate_files import Candidates
 from recllm.data.dataset import MANIFEST, Dataset
 from recllm.data.splits import Split
+from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
-from recllm.evaluation.frames import describe, read_table, text_ids
-from recllm.evaluation.inputs import Candidates, System, read_system, read_systems
+from recllm.evaluation.inputs import System, read_system, read_systems
 from recllm.evaluation.ranks import check_one_setting
 from recllm.evaluation.significance import check_same_records
 from recllm.files import read_json

@@ -8,15 +8,16 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
+from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.data.splits import Split
+from recllm.data.tables import read_table
 from recllm.errors import DataError
-from recllm.evaluation.frames import read_table
 from recllm.evaluation.full_ranking import rank_catalog
 from recllm.evaluation.inputs import stem
 from recllm.evaluation.ranks import RankRecords
 from recllm.files import write_file
-from recllm.retrieval.score_files import check_absent, check_top_k, check_word, read_lists, tell_stage
+from recllm.retrieval.score_files import check_absent, check_top_k, check_word, tell_stage
 
 
 @dataclass
@@ -93,7 +94,7 @@ def profile(options: ProfileOptions) -> Path:
     lists = options.out / "topk" / file_name
     check_absent(path, *([lists] if options.top_k else []), overwrite=options.overwrite)
     split = Split.open(options.split)
-    candidates = None if full else read_lists(split, options.candidates, options.part)
+    candidates = None if full else read_candidates(split, options.candidates, options.part)
     texts = item_texts(split.dataset, options.texts)
     encoder = find_encoder(options.encoder)
     folder = split.dataset.folder / "embeddings" / f"{options.texts}-{encoder.fingerprint[:12]}"

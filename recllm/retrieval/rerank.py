@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import polars as pl
 
+from recllm.data.tables import describe
 from recllm.errors import DataError
-from recllm.evaluation.frames import check_scores, describe
+from recllm.evaluation.frames import check_scores
 from recllm.evaluation.ranks import RankRecords
 from recllm.retrieval.top_k import TopK
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recllm.data.splits import Split
 from recllm.errors import DataError
-from recllm.evaluation.inputs import Candidates
 
 
 def check_top_k(top_k: int, *, full: bool) -> None:
@@ -34,17 +32,3 @@ def tell_stage(ranks: Path, lists: Path) -> None:
     """Prints what `recllm score ... --top-k` has written, and what comes next."""
     print(f"{ranks}: rank records; next: recllm eval ranks {ranks}")
     print(f"{lists}: top-K lists; next: recllm build instructions DATASET --top-k {lists} --parts PART")
-
-
-def read_lists(split: Split, name: str, part: str) -> Candidates:
-    """Reads one of a split's candidate files.
-
-    Raises:
-        DataError: The split has no candidates of that name.
-    """
-    file = split.folder / "candidates" / name / f"{part}.parquet"
-    if not file.exists():
-        held = sorted(folder.name for folder in split.folder.glob("candidates/*") if folder.is_dir())
-        known = ", ".join(held) or "none yet; make them with `recllm data candidates`"
-        raise DataError(f"{file} does not exist; candidates of {split.folder}: {known}")
-    return Candidates.read(file)

@@ -25,8 +25,8 @@ import polars as pl
 
 from recllm.data.candidates import FullRanking, full_ranking
 from recllm.data.splits import HeldOut, Split
+from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
-from recllm.evaluation.frames import describe, read_table, text_ids
 from recllm.evaluation.full_ranking import Scores, rank_catalog, top_k
 from recllm.evaluation.inputs import stem
 from recllm.files import write_file
