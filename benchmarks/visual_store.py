@@ -33,6 +33,8 @@ from transformers import (
 )
 
 from recllm.files import write_json
+from recllm.mllm.loading import LoadedModel
+from recllm.mllm.rendering import encode_expanded, expand, to_model
 from recllm.mllm.token_budget import ImageTokens
 from recllm.mllm.visual_store import build_visual_store
 from recllm.runs import describe_machine, describe_run
@@ -130,8 +132,14 @@ def contenders(model, processor, paths, store):
     def process(texts, images):
         return processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
 
+    loaded = LoadedModel(model, processor, {})
+    processor.tokenizer.padding_side = "left"
+
     def from_store(texts, items):
-        return margins(model, store.model_inputs(texts, [keys[item] for item in items]))
+        sizes = iter([held[item].size for item in items])
+        expanded = [expand(loaded, text, [next(sizes) for _ in range(text.count(SLOT))]) for text in texts]
+        stored = store.mm_inputs([keys[item] for item in items], model.device)
+        return margins(model, {**to_model(loaded, encode_expanded(loaded, expanded)), **stored})
 
     def encode_held(texts, items):
         return margins(model, process(texts, [held[item] for item in items]))

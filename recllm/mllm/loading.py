@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from recllm.errors import DataError
 from recllm.mllm.checkpoints import Checkpoint, check_architecture, check_model_folder, find_checkpoint
 from recllm.mllm.fingerprint import fingerprint
+from recllm.mllm.processor import check_expands, forward_names, has_pixel_budget
 from recllm.mllm.ranks import local_rank
 from recllm.precision import computed_in, has_bfloat16, warn_if_emulated
 
@@ -103,6 +104,11 @@ class LoadedModel:
     def image_token_id(self) -> int:
         """The token that stands in `input_ids` once for each visual feature."""
         return self.base_model.config.image_token_id
+
+    @cached_property
+    def forward_names(self) -> frozenset[str]:
+        """The names of what the model takes in its forward pass."""
+        return forward_names(self.base_model)
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -224,8 +230,8 @@ def load_processor(
 
 
 def pixel_budget(processor: Any) -> dict[str, int | None]:
-    """Returns the pixel budget that a processor has, as identities keep it; None where its size is fixed."""
-    size = processor.image_processor.size
+    """Returns the pixel budget that a processor has, as identities keep it; None where it has no such one."""
+    size = processor.image_processor.size if has_pixel_budget(processor) else {}
     return {"min_pixels": size.get("shortest_edge"), "max_pixels": size.get("longest_edge")}
 
 
@@ -260,6 +266,7 @@ def read_processor(folder: Path, min_pixels: int | None, max_pixels: int | None)
     if max_pixels is None and (pixel_budget(processor)["max_pixels"] or 0) > DEFAULT_MAX_PIXELS:
         max_pixels = max(DEFAULT_MAX_PIXELS, min_pixels or 0)
     image_settings(processor, min_pixels, max_pixels)
+    check_expands(processor, folder)
     return processor
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
+from recllm.mllm.processor import fill, join, prepare, token_kinds
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,55 +68,34 @@ def encode_texts(
     loaded: LoadedModel, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]
 ) -> dict[str, Any]:
     """Does what `encode` does for texts that `render` returned."""
-    shown = [list(each) for each in images]
-    inputs = loaded.processor(
-        text=list(texts),
-        images=shown if any(shown) else None,
-        padding=True,
-        truncation=False,
-        return_tensors="pt",
-        add_special_tokens=_adds_special_tokens(loaded, texts[0]),
-    )
-    if "image_grid_thw" in inputs:
-        _check_image_tokens(loaded, inputs, [len(each) for each in shown])
-    return inputs
+    processor = loaded.processor
+    shown = [[prepare(processor, image) for image in each] for each in images]
+    expanded = [
+        fill(processor, text, [picture.text for picture in each])
+        for text, each in zip(texts, shown, strict=True)
+    ]
+    tensors = [picture.tensors for each in shown for picture in each]
+    return {**encode_expanded(loaded, expanded), **join(tensors, loaded.forward_names)}
 
 
 def expand(loaded: LoadedModel, text: str, image_sizes: Sequence[tuple[int, int]]) -> str:
-    """Returns a rendered chat with as many image tokens as the processor will put there; no pixel is needed.
+    """Returns a rendered chat with as many image tokens as the processor will put there; no file is read.
 
     Args:
         loaded: The model.
         text: What `render` returned.
         image_sizes: (width, height) of each image, in pixels.
     """
-    import torch
-
-    if not image_sizes:
-        return text
-    processor = loaded.processor
-    counts = processor._get_num_multimodal_tokens(
-        image_sizes=[(height, width) for width, height in image_sizes]
-    ).num_image_patches
-    layout = {
-        "image_grid_thw": torch.tensor([[1, 1, count] for count in counts]),  # the Qwen family
-        "num_patches": counts,  # InternVL: crops
-        "num_crops": [0] * len(counts),  # Gemma 3: pan and scan, which is off
-    }
-    replacements = [processor.replace_image_token(layout, image_idx=index) for index in range(len(counts))]
-    return processor.get_text_with_replacements([text], replacements)[0][0]
+    return fill(loaded.processor, text, [loaded.images.text(*size) for size in image_sizes])
 
 
-def encode_expanded(loaded: LoadedModel, expanded: Sequence[str]) -> Any:
+def encode_expanded(loaded: LoadedModel, expanded: Sequence[str]) -> dict[str, Any]:
     """Returns the inputs of a batch without pixels: the visual tokens come from a visual store.
 
     Args:
         loaded: The model.
         expanded: What `expand` returned.
     """
-    import torch
-
-    processor = loaded.processor
     inputs = loaded.tokenizer(
         list(expanded),
         padding=True,
@@ -123,11 +103,7 @@ def encode_expanded(loaded: LoadedModel, expanded: Sequence[str]) -> Any:
         return_tensors="pt",
         add_special_tokens=_adds_special_tokens(loaded, expanded[0]),
     )
-    if getattr(processor, "return_mm_token_type_ids", False):
-        kinds = processor.create_mm_token_type_ids(inputs["input_ids"].tolist())
-        own_name = "mm_token_type_ids" in processor.model_input_names
-        inputs["mm_token_type_ids" if own_name else "token_type_ids"] = torch.tensor(kinds)
-    return inputs
+    return {**inputs, **token_kinds(loaded.processor, inputs["input_ids"])}
 
 
 def count_tokens(loaded: LoadedModel, expanded: str) -> int:
@@ -198,15 +174,3 @@ def _special_tokens_of_shape(loaded: LoadedModel, shape: Shape) -> dict[int, int
 
 def _shape_of(messages: Sequence[Message]) -> Shape:
     return tuple((turn["role"], tuple(part["type"] for part in turn["content"])) for turn in messages)
-
-
-def _check_image_tokens(loaded: LoadedModel, inputs: Any, images_of_row: list[int]) -> None:
-    merged = loaded.processor.image_processor.merge_size**2
-    features = (inputs["image_grid_thw"].prod(-1) // merged).tolist()
-    tokens = (inputs["input_ids"] == loaded.image_token_id).sum(-1).tolist()
-    start = 0
-    for row, count in enumerate(images_of_row):
-        expected = sum(features[start : start + count])
-        start += count
-        if tokens[row] != expected:
-            raise RuntimeError(f"row {row}: {tokens[row]} image tokens for {expected} visual features")

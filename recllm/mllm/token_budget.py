@@ -9,6 +9,7 @@ from PIL import Image
 
 from recllm.errors import DataError
 from recllm.mllm.images import MAX_ASPECT, decode_image, image_size, read_image_bytes
+from recllm.mllm.processor import has_pixel_budget, image_text
 
 
 class BudgetError(DataError):
@@ -27,14 +28,15 @@ def image_settings(processor: Any, min_pixels: int | None, max_pixels: int | Non
         max_pixels: Larger images are shrunk to it.
 
     Raises:
-        DataError: The processor has a fixed image size, or no image of the merged patch size lies between
-            the two.
+        DataError: The processor has no pixel budget, or no image of the merged patch size lies between the
+            two.
     """
     if min_pixels is None and max_pixels is None:
         return
-    if not _has_pixel_budget(processor):
+    if not has_pixel_budget(processor):
         raise DataError(
-            f"{type(processor).__name__} gives every image a fixed size: leave min_pixels and max_pixels out"
+            f"{type(processor).__name__} has no pixel budget, it sizes images by settings of its own: leave "
+            "min_pixels and max_pixels out"
         )
     images = processor.image_processor
     smallest = images.size["shortest_edge"] if min_pixels is None else min_pixels
@@ -52,8 +54,8 @@ class ImageTokens:
     """Tokens that an image of a given size takes in a prompt, and images of exactly that many tokens.
 
     For the Qwen-VL family the size is that of `qwen_vl_utils.smart_resize` under the processor's pixel
-    budget, 28 x 28 pixels a token for Qwen2-VL; for others (Gemma 3, InternVL) the processor itself is asked.
-    InternVL counts the two marks around an image, too.
+    budget, 28 x 28 pixels a token for Qwen2-VL. Other processors (LLaVA, Gemma 3, InternVL, Idefics3) are
+    given a blank image of the size. InternVL counts the two marks around an image, too.
     """
 
     def __init__(self, processor: Any, min_pixels: int | None = None, max_pixels: int | None = None):
@@ -69,8 +71,9 @@ class ImageTokens:
                 f"{type(processor).__name__}: tokens cannot be counted with do_pan_and_scan; switch it off"
             )
         self._processor = processor
+        self._texts: dict[tuple[int, int], str] = {}
         self._resize = None
-        if _has_pixel_budget(processor):
+        if has_pixel_budget(processor):
             from qwen_vl_utils.vision_process import smart_resize
 
             self._resize = smart_resize
@@ -81,9 +84,21 @@ class ImageTokens:
         Raises:
             DataError: One side is more than 200 times the other.
         """
+        tokens = self._processor.tokenizer(self.text(width, height), add_special_tokens=False).input_ids
+        return sum(token in self._processor.image_token_ids for token in tokens)
+
+    def text(self, width: int, height: int) -> str:
+        """Returns what takes the place of the mark of an upright image of `width` x `height` pixels.
+
+        Raises:
+            DataError: One side is more than 200 times the other.
+        """
         _check_aspect(width, height)
-        counted = self._processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-        return int(counted["num_image_tokens"][0])
+        if self._resize is not None:
+            return image_text(self._processor, width, height)
+        if (width, height) not in self._texts:
+            self._texts[width, height] = image_text(self._processor, width, height)
+        return self._texts[width, height]
 
     def size(self, width: int, height: int) -> tuple[int, int]:
         """Returns the (width, height) to which an image is resized before the processor sees it.
@@ -119,16 +134,6 @@ class ImageTokens:
     def decode(self, data: bytes, name: object) -> Image.Image:
         """Does what `load` does, from a file's bytes; `name` names the image in errors."""
         return decode_image(data, name, self.size)
-
-
-def _has_pixel_budget(processor: Any) -> bool:
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl, image_processing_qwen2_vl
-
-    kinds = (
-        image_processing_qwen2_vl.Qwen2VLImageProcessor,
-        image_processing_pil_qwen2_vl.Qwen2VLImageProcessorPil,
-    )
-    return isinstance(processor.image_processor, kinds)
 
 
 def _check_aspect(width: int, height: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import torch
 from recllm.errors import DataError
 from recllm.files import read_json
 from recllm.mllm.images import ImageError, map_in_threads, read_image_bytes
+from recllm.mllm.processor import forward_names
 from recllm.mllm.token_budget import ImageTokens
 from recllm.mllm.visual_journal import BITS, DTYPES, INDEX, MANIFEST, TOKENS, Journal
 from recllm.mllm.visual_tower import VisionTower, store_identity, unwrapped
@@ -144,7 +144,6 @@ class VisualStore:
 
     folder: Path
     manifest: dict[str, Any]
-    _processor: Any
     _model_inputs: frozenset[str]
     _rows: np.ndarray
     _keys: np.ndarray
@@ -179,8 +178,7 @@ class VisualStore:
         return cls(
             folder,
             manifest,
-            processor,
-            frozenset(inspect.signature(unwrapped(model).forward).parameters),
+            forward_names(unwrapped(model)),
             np.memmap(path, kind, "r", shape=(manifest["tokens"], width)),
             index["key"].to_numpy().astype("S64"),
             index,
@@ -245,36 +243,6 @@ class VisualStore:
             name: values.to(device) for name, values in self.notes(keys).items() if name in self._model_inputs
         }
         return {"mm_encoder_outputs": {"image": self._encoder_output([read[key] for key in keys])}, **inputs}
-
-    def model_inputs(
-        self,
-        texts: Sequence[str],
-        keys: Sequence[str],
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-    ) -> dict[str, Any]:
-        """Returns all inputs of a batch, as the processor would give them, without opening an image.
-
-        Args:
-            texts: Rendered chats, one image mark a slot; padded on the left.
-            keys: The images of all slots, in order.
-            device: Where the tensors go.
-            dtype: As for `mm_inputs`.
-        """
-        processor, notes = self._processor, self.notes(keys)
-        slots = [processor.replace_image_token(notes, image_idx=slot) for slot in range(len(keys))]
-        texts, _ = processor.get_text_with_replacements(list(texts), slots)
-        start = processor.tokenizer.bos_token
-        written = start is not None and all(text.startswith(start) for text in texts)  # by the chat template
-        inputs = processor.tokenizer(
-            texts, padding=True, padding_side="left", return_tensors="pt", add_special_tokens=not written
-        )
-        kinds = torch.tensor(processor.create_mm_token_type_ids(inputs["input_ids"].tolist()))
-        for name in ("mm_token_type_ids", "token_type_ids"):
-            if name in processor.model_input_names and name in self._model_inputs:
-                inputs[name] = kinds
-        inputs = {name: value.to(device) for name, value in inputs.items() if name in self._model_inputs}
-        return inputs | self.mm_inputs(keys, device, dtype)
 
     def _row(self, key: str) -> dict[str, Any]:
         if key not in self:

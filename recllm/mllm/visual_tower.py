@@ -10,8 +10,10 @@ from typing import Any
 import torch
 
 from recllm.errors import DataError
+from recllm.mllm.processor import Picture, count_tokens, join, prepare
 
 _SETTINGS_LEFT_OUT = ("processor_class", "auto_map", "return_tensors", "device", "disable_grouping")
+_NOTES = ("image_grid_thw",)  # what a language model goes by besides the visual tokens
 
 
 def store_identity(model: Any, processor: Any) -> dict[str, str]:
@@ -25,7 +27,8 @@ def store_identity(model: Any, processor: Any) -> dict[str, str]:
     """
     core = _core(model)
     children = dict(core.named_children())
-    if "language_model" not in children:
+    decoder = unwrapped(model).get_decoder()
+    if not any(module is decoder for module in children.values()):
         raise DataError(
             f"{type(core).__name__} has no separate vision tower; no visual store can be made of it"
         )
@@ -34,12 +37,13 @@ def store_identity(model: Any, processor: Any) -> dict[str, str]:
     vision = {name: value for name, value in vision.items() if name[0] != "_" and "dtype" not in name}
     vision.pop("transformers_version", None)
     digest.update(json.dumps(vision, sort_keys=True, default=str).encode())
-    for child, module in sorted(children.items()):
-        if child == "language_model":
-            continue
-        for name, tensor in sorted(module.state_dict().items()):
-            digest.update(f"{child}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    parts = {child: module.state_dict() for child, module in children.items() if module is not decoder}
+    tensors = {f"{child}.{name}": tensor for child, part in parts.items() for name, tensor in part.items()}
+    tensors |= core.named_parameters(recurse=False)  # LLaVA-NeXT's image_newline
+    for name in sorted(tensors, key=lambda name: name.partition(".")):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     settings = json.loads(processor.image_processor.to_json_string())
     settings = {
         name: value
@@ -58,32 +62,24 @@ class VisionTower:
         self._core = _core(model)
         if "mm_encoder_outputs" not in inspect.signature(self._model.forward).parameters:
             raise DataError(
-                f"{type(self._model).__name__} takes no encoded images; use it without a visual store"
+                f"{type(self._model).__name__} takes no images encoded beforehand, which a visual store and "
+                "yes/no scores need; use another model"
             )
         self._takes = inspect.signature(self._core.get_image_features).parameters
 
-    def pixels(self, image: Any) -> dict[str, Any]:
-        """Returns the processor's tensors of one image."""
-        settings = self._processor._merge_kwargs(
-            tokenizer_init_kwargs=self._processor.tokenizer.init_kwargs, return_tensors="pt"
-        )["images_kwargs"]
-        tensors, _ = self._processor._process_images([image], **settings)
-        return {name: torch.as_tensor(value) for name, value in tensors.items()}
+    def pixels(self, image: Any) -> Picture:
+        """Returns one image as the processor prepares it."""
+        return prepare(self._processor, image)
 
-    def count(self, pixels: dict[str, Any]) -> int:
+    def count(self, picture: Picture) -> int:
         """Returns the image's share of a batch: its visual tokens."""
-        if "image_grid_thw" in pixels:
-            return int(pixels["image_grid_thw"].prod()) // self._processor.image_processor.merge_size**2
-        return len(pixels["pixel_values"]) * self._processor.image_seq_length
+        return count_tokens(self._processor, picture.text, self._model.config.image_token_id)
 
     @torch.inference_mode()
-    def encode(self, batch: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    def encode(self, batch: dict[str, Picture]) -> dict[str, Any]:
         """Returns `rows` (a tensor for each image), `columns`, `tile` and `notes` of a batch by image key."""
-        joined = {
-            name: torch.cat([one[name] for one in batch.values()]).to(self._model.device)
-            for name in next(iter(batch.values()))
-            if name in self._takes
-        }
+        pixels = join([picture.tensors for picture in batch.values()], self._takes)
+        joined = {name: tensor.to(self._model.device) for name, tensor in pixels.items()}
         training = self._model.training
         self._model.eval()
         try:
@@ -97,7 +93,7 @@ class VisionTower:
             tile = projected.shape[1]
             projected = [
                 tiles.flatten(0, 1)
-                for tiles in projected.split([len(one["pixel_values"]) for one in batch.values()])
+                for tiles in projected.split([len(one.tensors["pixel_values"]) for one in batch.values()])
             ]
         streams = [list(stream) if isinstance(stream, tuple | list) else [] for stream in (projected, *deep)]
         counts = [len(one) for one in streams[0]]
@@ -117,8 +113,8 @@ class VisionTower:
             "rows": [torch.cat(columns, dim=1) for columns in zip(*streams, strict=True)],
             "layout": {"columns": [stream[0].shape[1] for stream in streams], "tile": tile},
             "notes": [
-                {name: value[0].tolist() for name, value in pixels.items() if name != "pixel_values"}
-                for pixels in batch.values()
+                {name: one.tensors[name][0].tolist() for name in _NOTES if name in one.tensors}
+                for one in batch.values()
             ],
             "keys": list(batch),
         }

@@ -11,6 +11,7 @@ from PIL import Image
 
 from recllm.errors import DataError
 from recllm.mllm.images import ImageError
+from recllm.mllm.processor import Picture, count_tokens, join, prepare, token_kinds
 from recllm.mllm.rendering import encode_expanded, expand
 from recllm.training.packing import BLANK, IGNORED, group_alone, groups_of, pack
 
@@ -47,7 +48,6 @@ class Collator:
     ):
         self._loaded, self._store, self._shares = loaded, visual_store, share_prefixes
         self._pad = loaded.tokenizer.pad_token_id
-        self._kinds = _name_of_kinds(loaded.processor)
         self._blank_tokens = _tokens_of_blank(loaded) if blank_image and visual_store is None else []
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Collator:
         if self._blank_tokens and not pixels:
             shortest = min(range(len(tokens)), key=lambda place: attended[place])
             tokens[shortest] += self._blank_tokens
-            pixels = self._joined([self._pixels(_BLANK)])
+            pixels = self._joined([prepare(self._loaded.processor, _BLANK)])
         shape = len(rows), max(map(len, tokens))
         batch = {
             "input_ids": torch.full(shape, self._pad),
@@ -78,43 +78,40 @@ class Collator:
             batch["attention_mask"][place, : attended[place]] = 1
             labeled = slice(row["start"], row["end"])
             batch["labels"][place, labeled] = batch["input_ids"][place, labeled]
-        if self._kinds is not None:
-            kinds = self._loaded.processor.create_mm_token_type_ids(batch["input_ids"].tolist())
-            batch[self._kinds] = torch.tensor(kinds)
-        return batch | pixels
+        return batch | token_kinds(self._loaded.processor, batch["input_ids"]) | pixels
 
     def _packed(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        shown, grids = self._distinct_images(rows)
-        groups = groups_of(rows, self._loaded.image_token_id)
+        shown, grids, features = self._distinct_images(rows)
+        groups = groups_of(rows, self._loaded.image_token_id, features)
         if self._blank_tokens and not shown:
-            shown[BLANK] = self._pixels(_BLANK)
-            grids[BLANK] = shown[BLANK]["image_grid_thw"][0].tolist()
+            shown[BLANK] = prepare(self._loaded.processor, _BLANK)
+            grids |= _grid_of(BLANK, shown[BLANK].tensors)
             groups.append(group_alone(self._blank_tokens, self._loaded.image_token_id))
         batch, images = pack(self._loaded, rows, groups, grids)
         if self._store is not None:
             return batch | {IMAGE_KEYS: self._store.keys_of(map(Path, images))}
         return batch | self._joined([shown[image] for image in images])
 
-    def _distinct_images(self, rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Returns each image's tensors (its key, with a visual store), and its grid where there are grids."""
-        shown, grids = {}, {}
+    def _distinct_images(
+        self, rows: Sequence[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, int]]:
+        """Returns by path each prepared image (its key, with a visual store), its grid where there are grids,
+        and how many visual features it has."""
+        shown, grids, features = {}, {}, {}
         for row in rows:
             for path in row["images"]:
                 if path in shown:
                     continue
                 if self._store is not None:
                     key = shown[path] = self._store.keys_of([Path(path)])[0]
-                    notes = self._store.notes([key])
+                    grids |= _grid_of(path, self._store.notes([key]))
+                    features[path] = len(self._store.features(key))
                 else:
-                    notes = shown[path] = self._pixels(self._decode(row["id"], Path(path)))
-                if "image_grid_thw" in notes:
-                    grids[path] = notes["image_grid_thw"][0].tolist()
-            if self._store is not None:
-                counts = [len(self._store.features(shown[path])) for path in row["images"]]
-            else:
-                counts = [self._features(shown[path]) for path in row["images"]]
-            self._check_count(row, sum(counts))
-        return shown, grids
+                    shown[path] = self._prepared(row["id"], Path(path))
+                    grids |= _grid_of(path, shown[path].tensors)
+                    features[path] = self._features(shown[path])
+            self._check_count(row, sum(features[path] for path in row["images"]))
+        return shown, grids, features
 
     def _images(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if self._store is not None:
@@ -122,40 +119,24 @@ class Collator:
             for row, each in zip(rows, keys, strict=True):
                 self._check_count(row, sum(len(self._store.features(key)) for key in each))
             return {IMAGE_KEYS: [key for each in keys for key in each]}
-        tensors = []
+        pictures = []
         for row in rows:
-            shown = [self._pixels(self._decode(row["id"], Path(path))) for path in row["images"]]
+            shown = [self._prepared(row["id"], Path(path)) for path in row["images"]]
             self._check_count(row, sum(self._features(one) for one in shown))
-            tensors += shown
-        return self._joined(tensors)
+            pictures += shown
+        return self._joined(pictures)
 
-    def _decode(self, name: str, path: Path) -> Image.Image:
+    def _prepared(self, name: str, path: Path) -> Picture:
         try:
-            return self._loaded.images.load(path)
+            return prepare(self._loaded.processor, self._loaded.images.load(path))
         except ImageError as error:
             raise DataError(f"sample {name!r}: {error}") from None
 
-    def _pixels(self, image: Image.Image) -> dict[str, torch.Tensor]:
-        """Returns the processor's tensors of one image."""
-        processor = self._loaded.processor
-        settings = processor._merge_kwargs(
-            tokenizer_init_kwargs=processor.tokenizer.init_kwargs, return_tensors="pt"
-        )["images_kwargs"]
-        tensors, _ = processor._process_images([image], **settings)
-        return {name: torch.as_tensor(value) for name, value in tensors.items()}
+    def _features(self, picture: Picture) -> int:
+        return count_tokens(self._loaded.processor, picture.text, self._loaded.image_token_id)
 
-    def _features(self, pixels: Mapping[str, torch.Tensor]) -> int:
-        """Returns how many visual features the tower makes of one image."""
-        processor = self._loaded.processor
-        if "image_grid_thw" in pixels:
-            return int(pixels["image_grid_thw"].prod()) // processor.image_processor.merge_size**2
-        return len(pixels["pixel_values"]) * processor.image_seq_length
-
-    def _joined(self, tensors: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        if not tensors:
-            return {}
-        unused = self._loaded.processor.unused_input_names
-        return {name: torch.cat([one[name] for one in tensors]) for name in tensors[0] if name not in unused}
+    def _joined(self, pictures: Sequence[Picture]) -> dict[str, torch.Tensor]:
+        return join([picture.tensors for picture in pictures], self._loaded.forward_names)
 
     def _check_count(self, row: Mapping[str, Any], features: int) -> None:
         tokens = sum(token == self._loaded.image_token_id for token in row["input_ids"])
@@ -172,8 +153,5 @@ def _tokens_of_blank(loaded: LoadedModel) -> list[int]:
     return encode_expanded(loaded, [text])["input_ids"][0].tolist()
 
 
-def _name_of_kinds(processor: Any) -> str | None:
-    """Returns under which name the model takes which tokens stand for images; None where it does not."""
-    if not getattr(processor, "return_mm_token_type_ids", False):
-        return None
-    return "mm_token_type_ids" if "mm_token_type_ids" in processor.model_input_names else "token_type_ids"
+def _grid_of(path: str, notes: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: notes["image_grid_thw"][0].tolist()} if "image_grid_thw" in notes else {}

@@ -21,7 +21,9 @@ BLANK = ""
 """What stands for the path of the blank image."""
 
 
-def groups_of(rows: Sequence[Mapping[str, Any]], image_token: int) -> list[Group]:
+def groups_of(
+    rows: Sequence[Mapping[str, Any]], image_token: int, features: Mapping[str, int]
+) -> list[Group]:
     """Returns the batch's rows with what neighbors of one `group` share, each with its completion.
 
     What is shared ends a token before the first completion: the state that a completion's first token is said
@@ -29,7 +31,8 @@ def groups_of(rows: Sequence[Mapping[str, Any]], image_token: int) -> list[Group
 
     Args:
         rows: Of `recllm.training.rows.training_rows`.
-        image_token: What stands for a piece of an image.
+        image_token: What stands for a visual feature of an image.
+        features: How many visual features each image (path) has.
     """
     numbers = {
         path: number for number, path in enumerate({path: 0 for row in rows for path in row["images"]})
@@ -37,7 +40,7 @@ def groups_of(rows: Sequence[Mapping[str, Any]], image_token: int) -> list[Group
     places = range(len(rows))
     return [
         share(
-            [_prompt(place, rows[place], numbers, image_token) for place in members],
+            [_prompt(place, rows[place], numbers, image_token, features) for place in members],
             most=min(rows[place]["start"] for place in members) - 1,
         )
         for members in (list(of) for _, of in groupby(places, key=lambda place: rows[place]["group"]))
@@ -47,7 +50,8 @@ def groups_of(rows: Sequence[Mapping[str, Any]], image_token: int) -> list[Group
 def group_alone(tokens: Sequence[int], image_token: int) -> Group:
     """Returns the blank image's tokens, which no other token attends to."""
     row = {"id": "", "input_ids": tokens, "images": [BLANK]}
-    return Group((_prompt(-1, row, {BLANK: 0}, image_token),), 0)
+    features = {BLANK: sum(token == image_token for token in tokens)}
+    return Group((_prompt(-1, row, {BLANK: 0}, image_token, features),), 0)
 
 
 def pack(
@@ -72,7 +76,15 @@ def pack(
     return {**inputs.arguments, "labels": labels}, inputs.images
 
 
-def _prompt(place: int, row: Mapping[str, Any], numbers: Mapping[str, int], image_token: int) -> Prompt:
-    tokens = np.array(row["input_ids"], np.int64)
-    contents, ends = contents_of(tokens, image_token, [numbers[path] for path in row["images"]])
+def _prompt(
+    place: int,
+    row: Mapping[str, Any],
+    numbers: Mapping[str, int],
+    image_token: int,
+    features: Mapping[str, int],
+) -> Prompt:
+    tokens, images = np.array(row["input_ids"], np.int64), row["images"]
+    contents, ends = contents_of(
+        tokens, image_token, [numbers[path] for path in images], [features[path] for path in images]
+    )
     return Prompt(place, row["id"], "", tokens, contents, tuple(row["images"]), ends)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.models.smolvlm import processing_smolvlm
 
 QWEN_TEMPLATE = (
     "{% for message in messages %}"
@@ -30,6 +31,40 @@ INTERNVL_TEMPLATE = (
     "{% for part in message.content %}"
     "{% if part.type == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part.text }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAVA_TEMPLATE = (  # images first, whatever stands before them, and turns without special tokens
+    "{% for message in messages %}"
+    "{% if message.role != 'system' %}{{ message.role | upper + ': ' }}{% endif %}"
+    "{% for part in message.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for part in message.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part.text + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+LLAVA_NEXT_TEMPLATE = (  # as for Mistral: the prompt to answer ends with the user's turn
+    "{% for message in messages %}"
+    "{% if message.role == 'system' %}{{ '<<SYS>>\n' + message.content[0].text + '\n<</SYS>>\n\n' }}"
+    "{% elif message.role == 'user' %}{{ '[INST] ' }}"
+    "{% for part in message.content | selectattr('type', 'equalto', 'image') %}<image>\n{% endfor %}"
+    "{% for part in message.content | selectattr('type', 'equalto', 'text') %}{{ part.text }}{% endfor %}"
+    "{{ ' [/INST]' }}"
+    "{% else %}{{ ' ' + message.content[0].text + '</s> ' }}{% endif %}{% endfor %}"
+)
+IDEFICS_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{ message.role | capitalize }}"
+    "{% if message.content[0].type == 'image' %}:{% else %}{{ ': ' }}{% endif %}"
+    "{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}<image>{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+LLAVA_SPECIAL = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
+IDEFICS_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<end_of_utterance>",
+    "<fake_token_around_image>",
+    "<image>",
+    "<global-img>",
+    *(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)),
 )
 QWEN_SPECIAL = (
     "<|endoftext|>",
@@ -60,6 +95,7 @@ INTERNVL_SPECIAL = (
     "<IMG_CONTEXT>",
     "<video>",
 )
+PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 _WORDS = (
     "system user assistant describe the red blue striped mug scarf lamp what is in this image answer yes no"
 )
@@ -67,7 +103,14 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 )
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl")
+FAMILIES = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"),
+    *("llava", "llava_next", "idefics3", "smolvlm"),
+)
+NESTED = ("gemma3", "idefics3", "smolvlm")
+"""Whose processors take images prompt by prompt."""
+if processing_smolvlm.num2words is None:  # spells the number of a video's frames; no test has a video
+    processing_smolvlm.num2words = str
 ADAPTED = ["q_proj", "v_proj", "down_proj"]
 
 
@@ -168,6 +211,41 @@ def _processor(family: str) -> tuple[Any, Any]:
             image_seq_length=4,
             chat_template=INTERNVL_TEMPLATE,
         )
+    if family in ("llava", "llava_next"):
+        template = LLAVA_TEMPLATE if family == "llava" else LLAVA_NEXT_TEMPLATE
+        names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        tokenizer = _tokenizer(LLAVA_SPECIAL, template, **names)
+        # CLIP's class token is counted and left out again
+        seeing = {
+            "patch_size": 14,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        }
+        size = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}}
+        if family == "llava":
+            image_processor, kind = transformers.CLIPImageProcessor(**size), transformers.LlavaProcessor
+        else:
+            image_processor = transformers.LlavaNextImageProcessor(**size, image_grid_pinpoints=PINPOINTS)
+            kind = transformers.LlavaNextProcessor
+        return tokenizer, kind(image_processor, tokenizer, chat_template=template, **seeing)
+    if family in ("idefics3", "smolvlm"):
+        names = {"pad_token": "<|endoftext|>", "bos_token": "<|im_start|>", "eos_token": "<end_of_utterance>"}
+        tokenizer = _tokenizer(IDEFICS_SPECIAL, IDEFICS_TEMPLATE, **names)
+        size = {"size": {"longest_edge": 112}, "max_image_size": {"longest_edge": 56}}
+        if family == "idefics3":
+            return tokenizer, transformers.Idefics3Processor(
+                transformers.Idefics3ImageProcessor(**size),
+                tokenizer,
+                image_seq_len=4,
+                chat_template=IDEFICS_TEMPLATE,
+            )
+        return tokenizer, transformers.SmolVLMProcessor(
+            transformers.SmolVLMImageProcessor(**size),
+            tokenizer,
+            transformers.SmolVLMVideoProcessor(**size),
+            image_seq_len=4,
+            chat_template=IDEFICS_TEMPLATE,
+        )
     names = {"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
     tokenizer = _tokenizer(QWEN_SPECIAL, QWEN_TEMPLATE, **names)
     if family == "qwen3_vl":
@@ -242,6 +320,29 @@ def _model(family: str, tokenizer: Any, hidden: int) -> Any:
             eoi_token_index=ids["<end_of_image>"],
         )
         return transformers.Gemma3ForConditionalGeneration(config)
+    if family in ("llava", "llava_next"):
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 56}
+        vision |= {"num_attention_heads": 2, "patch_size": 14, "projection_dim": 32}
+        vision |= {"model_type": "clip_vision_model"}
+        parts = {"vision_config": vision, "image_token_index": ids["<image>"]}
+        if family == "llava":
+            config = transformers.LlavaConfig(text_config={"model_type": "llama", **text}, **parts)
+            return transformers.LlavaForConditionalGeneration(config)
+        text |= {"model_type": "mistral", "sliding_window": None}
+        config = transformers.LlavaNextConfig(text_config=text, image_grid_pinpoints=PINPOINTS, **parts)
+        return transformers.LlavaNextForConditionalGeneration(config)
+    if family in ("idefics3", "smolvlm"):
+        vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": 56}
+        vision |= {"num_attention_heads": 2, "patch_size": 14}
+        name = "Idefics3" if family == "idefics3" else "SmolVLM"
+        config = getattr(transformers, f"{name}Config")(
+            text_config={"model_type": "llama", **text},
+            vision_config=vision,
+            scale_factor=2,
+            image_token_id=ids["<image>"],
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        return getattr(transformers, f"{name}ForConditionalGeneration")(config)
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "image_size": [56, 56]}
     vision |= {"num_attention_heads": 2, "patch_size": [14, 14]}
     config = transformers.InternVLConfig(

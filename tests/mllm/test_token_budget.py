@@ -15,7 +15,7 @@ from PIL import Image
 from recllm.errors import DataError
 from recllm.mllm.token_budget import ImageTokens, image_settings
 
-from .small_models import save_small
+from .small_models import FAMILIES, save_small
 
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
@@ -43,9 +43,7 @@ def noise(width: int, height: int) -> Image.Image:
 
 def tokens_in_prompt(processor, images) -> list[int]:
     """Tokens that the processor makes of each image, counted in `input_ids`."""
-    slot = {"gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
-    family = type(processor).__name__
-    mark = next((slot[name] for name in slot if name in family.lower()), "<|image_pad|>")
+    mark = processor.image_token
     out = []
     for image in images:
         ids = processor(text=[f"a {mark} b"], images=[image], return_tensors="pt")["input_ids"]
@@ -85,14 +83,14 @@ def test_image_tokens_equal_visual_features_equal_the_count(loaded, tmp_path_fac
         assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == sum(expected)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "internvl"])
-def test_processors_with_fixed_sizes_count_for_themselves_and_refuse_a_budget(loaded, family):
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in QWEN])
+def test_processors_without_a_pixel_budget_count_for_themselves_and_refuse_one(loaded, family):
     _, processor = loaded(family)
     images = [noise(*size) for size in ((30, 30), (200, 60), (60, 200), (500, 480))]
     tokens = ImageTokens(processor)
     assert [tokens.count(*image.size) for image in images] == tokens_in_prompt(processor, images)
     assert tokens.size(200, 60) == (200, 60)
-    with pytest.raises(DataError, match="fixed size"):
+    with pytest.raises(DataError, match="no pixel budget"):
         image_settings(processor, None, 50_000)
 
 

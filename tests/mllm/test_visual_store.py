@@ -18,14 +18,17 @@ from PIL import Image
 from recllm.errors import BusyError, DataError
 from recllm.files import read_json
 from recllm.mllm import visual_store
+from recllm.mllm.images import image_size
+from recllm.mllm.loading import LoadedModel
+from recllm.mllm.rendering import encode_expanded, expand
 from recllm.mllm.token_budget import ImageTokens, image_settings
 from recllm.mllm.visual_journal import Journal
 from recllm.mllm.visual_store import VisualStore, build_visual_store, image_key
 from recllm.mllm.visual_tower import VisionTower
 
-from .small_models import FAMILIES, save_small
+from .small_models import FAMILIES, NESTED, save_small
 
-MARKS = {"gemma3": "<start_of_image>", "internvl": "<IMG_CONTEXT>"}
+PIXELS = {"pixel_values", "pixel_attention_mask", "image_sizes"}
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +71,26 @@ def batches(pictures: list[Path], mark: str):
         yield texts, [path for one in shown for path in one]
 
 
-def from_pixels(processor, texts: list[str], paths: list[Path]):
-    """The usual inputs. Gemma 3 wants its images sample by sample, where a sample may have none."""
+def from_pixels(processor, texts: list[str], paths: list[Path], family: str):
+    """The usual inputs. Some processors want images sample by sample, where a sample may have none."""
     tokens = ImageTokens(processor)
     images = [tokens.load(path) for path in paths] or None
-    if images and type(processor).__name__ == "Gemma3Processor":
+    if images and family in NESTED:
         images = iter(images)
-        images = [[next(images) for _ in range(text.count(MARKS["gemma3"]))] for text in texts]
+        images = [[next(images) for _ in range(text.count(processor.image_token))] for text in texts]
     return processor(text=texts, images=images, padding=True, padding_side="left", return_tensors="pt")
+
+
+def from_store(store: VisualStore, model, processor, texts: list[str], paths: list[Path], **options):
+    """Inputs without pixels."""
+    loaded = LoadedModel(model, processor, {})
+    processor.tokenizer.padding_side = "left"
+    sizes = iter([image_size(path) for path in paths])
+    expanded = [
+        expand(loaded, text, [next(sizes) for _ in range(text.count(processor.image_token))])
+        for text in texts
+    ]
+    return encode_expanded(loaded, expanded) | store.mm_inputs(store.keys_of(paths), **options)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -85,21 +100,21 @@ def test_logits_and_texts_are_those_of_the_pixels(loaded, pictures, tmp_path, fa
         model, processor, pictures, tmp_path / "store", batch_tokens=40, dtype="float32", progress=False
     )
     seen_images = 0
-    for texts, paths in batches(pictures, MARKS.get(family, "<|image_pad|>")):
-        pixels = from_pixels(processor, texts, paths)
-        stored = store.model_inputs(texts, store.keys_of(paths))
+    for texts, paths in batches(pictures, processor.image_token):
+        pixels = from_pixels(processor, texts, paths, family)
+        stored = from_store(store, model, processor, texts, paths)
         assert "pixel_values" not in stored
-        for name in set(pixels) - {"pixel_values"}:
+        for name in set(pixels) - PIXELS:
             assert torch.equal(pixels[name], stored[name]), name
         with torch.inference_mode():
             expected = model(**pixels).logits
-            mixed = {name: value for name, value in pixels.items() if name != "pixel_values"}
+            mixed = {name: value for name, value in pixels.items() if name not in PIXELS}
             for inputs in (stored, mixed | store.mm_inputs(store.keys_of(paths))):
                 torch.testing.assert_close(model(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
             for beams in (1, 2) if len(texts) == 3 else (1,):
                 settings = {"do_sample": False, "max_new_tokens": 5, "num_beams": beams, "top_k": None}
                 one = model.generate(**pixels, **settings)
-                again = store.model_inputs(texts, store.keys_of(paths))
+                again = from_store(store, model, processor, texts, paths)
                 assert torch.equal(one, model.generate(**again, **settings))
         seen_images += len(paths)
     assert seen_images == 13
@@ -110,8 +125,8 @@ def test_a_chat_that_begins_with_its_mark_gets_no_second_one(loaded, pictures, t
     store = build_visual_store(
         model, processor, pictures[:1], tmp_path / "store", dtype="float32", progress=False
     )
-    text = f"{processor.tokenizer.bos_token}a {MARKS['gemma3']} b"
-    inputs = store.model_inputs([text], store.keys_of(pictures[:1]))
+    text = f"{processor.tokenizer.bos_token}a {processor.image_token} b"
+    inputs = from_store(store, model, processor, [text], pictures[:1])
     assert (inputs["input_ids"] == processor.tokenizer.bos_token_id).sum() == 1
 
 
@@ -193,8 +208,8 @@ def test_another_tower_or_other_settings_are_refused_and_an_adapter_is_not(loade
     processor.save_pretrained(tmp_path / "saved_again")
     adapted = get_peft_model(model, LoraConfig(target_modules=r".*language_model.*q_proj"))
     again = VisualStore.open(store, adapted, AutoProcessor.from_pretrained(tmp_path / "saved_again"))
-    keys = again.keys_of(pictures[:2])
-    inputs = again.model_inputs(["a <|image_pad|> b", "<|image_pad|>"], keys, dtype=torch.float32)
+    texts = ["a <|image_pad|> b", "<|image_pad|>"]
+    inputs = from_store(again, adapted, processor, texts, pictures[:2], dtype=torch.float32)
     with torch.inference_mode():
         assert adapted(**inputs).logits.isfinite().all()
     with torch.no_grad():

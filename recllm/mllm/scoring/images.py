@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +12,7 @@ import torch
 
 from recllm.errors import DataError
 from recllm.mllm.images import ImageError
+from recllm.mllm.processor import Picture, forward_names
 from recllm.mllm.visual_store import image_key
 from recllm.mllm.visual_tower import VisionTower
 
@@ -76,7 +76,7 @@ class EncodedImages:
     def __init__(self, loaded: LoadedModel, workers: int) -> None:
         self._loaded = loaded
         self._tower = VisionTower(loaded.model, loaded.processor)
-        self._takes = inspect.signature(loaded.base_model.base_model.forward).parameters
+        self._takes = forward_names(loaded.base_model.base_model)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
         self._held: OrderedDict[str, tuple[torch.Tensor, dict[str, Any]]] = OrderedDict()
         self._layout: dict[str, Any] = {}
@@ -132,16 +132,16 @@ class EncodedImages:
         self._pool.shutdown(cancel_futures=True)
         self._held.clear()
 
-    def _pixels(self, key: str) -> dict[str, Any]:
+    def _pixels(self, key: str) -> Picture:
         return self._tower.pixels(self._loaded.images.load(self._paths[key]))
 
     def _encode(self, key: str, pixels: Mapping[str, Future]) -> tuple[torch.Tensor, dict[str, Any]]:
         if key not in self._held:
             try:
-                tensors = pixels[key].result() if key in pixels else self._pixels(key)
+                picture = pixels[key].result() if key in pixels else self._pixels(key)
             except ImageError as error:
                 raise UnusableImage(key, str(error)) from None
-            encoded = self._tower.encode({key: tensors})
+            encoded = self._tower.encode({key: picture})
             self._layout = encoded["layout"]
             self._held[key] = encoded["rows"][0], encoded["notes"][0]
         self._held.move_to_end(key)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from recllm.mllm.processor import token_kinds
 from recllm.mllm.scoring.attention import GroupLayout
 from recllm.mllm.scoring.prompts import Group, Prompt
 
@@ -76,12 +77,8 @@ def padded(loaded: LoadedModel, batch: Sequence[Group]) -> Inputs:
     for row, prompt in enumerate(prompts):
         tokens[row, longest - len(prompt.tokens) :] = torch.from_numpy(prompt.tokens)
         mask[row, longest - len(prompt.tokens) :] = 1
-    arguments = {"input_ids": tokens, "attention_mask": mask}
-    processor = loaded.processor
-    if getattr(processor, "return_mm_token_type_ids", False):
-        own_name = "mm_token_type_ids" in processor.model_input_names
-        kinds = processor.create_mm_token_type_ids(tokens.tolist())
-        arguments["mm_token_type_ids" if own_name else "token_type_ids"] = torch.tensor(kinds)
+    kinds = token_kinds(loaded.processor, tokens)
+    arguments = {"input_ids": tokens, "attention_mask": mask, **kinds}
     rows = torch.arange(len(prompts))
     images = tuple(key for prompt in prompts for key in prompt.images)
     return Inputs(arguments, images, (rows, torch.full_like(rows, longest - 1)))

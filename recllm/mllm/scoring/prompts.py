@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,8 @@ from recllm.errors import DataError
 from recllm.files import sha256
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
 from recllm.mllm.images import ImageError, image_size, map_in_threads, resolve_image
-from recllm.mllm.rendering import expand, render
+from recllm.mllm.processor import count_tokens, fill
+from recllm.mllm.rendering import render
 
 if TYPE_CHECKING:
     import polars as pl
@@ -159,7 +159,7 @@ class PromptReader:
         self._loaded, self._folder, self._sizes, self._key_of = loaded, folder, sizes, key_of
         self._known: dict[str, tuple[str, int]] = {}  # image path -> its key, and the number of its content
         self._numbers: dict[str, int] = {}
-        self._slots: dict[tuple[int, int], str] = {}
+        self._slots: dict[tuple[int, int], tuple[str, int]] = {}
         self.paths: dict[str, Path] = {}
         """A file of each image key met so far."""
 
@@ -182,19 +182,20 @@ class PromptReader:
                 f"{loaded.max_positions:,}; build the instructions with --max-prompt-tokens"
             )
         known = [self._image(path) for path in images]
-        contents, ends = contents_of(tokens, loaded.image_token_id, [number for _, number in known])
+        counts = [self._slot(self._sizes[path])[1] for path in images]
+        numbers = [number for _, number in known]
+        contents, ends = contents_of(tokens, loaded.image_token_id, numbers, counts)
         return Prompt(row, request.id, expanded, tokens, contents, tuple(key for key, _ in known), ends)
 
     def _expand(self, text: str, images: Sequence[str]) -> str:
-        """Does what `rendering.expand` does, which is asked once for each size."""
-        mark = self._loaded.processor.image_token
-        pieces = text.split(mark)
-        slots = [self._slot(self._sizes[path], mark) for path in images]
-        return "".join(chain.from_iterable(zip(pieces, [*slots, ""], strict=True)))
+        return fill(self._loaded.processor, text, [self._slot(self._sizes[path])[0] for path in images])
 
-    def _slot(self, size: tuple[int, int], mark: str) -> str:
+    def _slot(self, size: tuple[int, int]) -> tuple[str, int]:
+        """What stands for an image of a size, and how many visual features it has room for."""
         if size not in self._slots:
-            self._slots[size] = expand(self._loaded, mark, [size])
+            loaded = self._loaded
+            text = loaded.images.text(*size)
+            self._slots[size] = text, count_tokens(loaded.processor, text, loaded.image_token_id)
         return self._slots[size]
 
     def _image(self, path: str) -> tuple[str, int]:
@@ -220,19 +221,27 @@ def messages_of(content: Mapping[str, Any]) -> tuple[Message, ...]:
     )
 
 
-def contents_of(tokens: np.ndarray, image_token: int, images: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def contents_of(
+    tokens: np.ndarray, image_token: int, images: Sequence[int], counts: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns the `contents` and `image_ends` of a prompt.
+
+    An image reaches from its first visual feature to its last: what a processor writes between its tiles is
+    part of it.
 
     Args:
         tokens: The prompt.
-        image_token: What stands for a piece of an image.
+        image_token: What stands for a visual feature of an image.
         images: A number for the content of each image, 0 or more.
+        counts: How many visual features each image has.
     """
-    starts, ends = _runs(tokens == image_token)
-    if len(starts) != len(images):
-        raise RuntimeError(f"{len(starts)} runs of image tokens for {len(images)} images")
+    places, features = np.flatnonzero(tokens == image_token), np.array(counts, np.int64)
+    if len(places) != features.sum():
+        raise RuntimeError(f"{len(places)} image tokens for {features.sum()} visual features")
+    behind = features.cumsum()
+    ends = places[behind - 1] + 1
     contents = tokens.copy()
-    for start, end, number in zip(starts, ends, images, strict=True):
+    for start, end, number in zip(places[behind - features], ends, images, strict=True):
         contents[start:end] = -1 - number
     return contents, ends
 
@@ -306,8 +315,3 @@ def _split(group: Group, budget: int) -> Iterator[Group]:
             start, tokens = place, group.shared
         tokens += own
     yield group.part(start, len(group.prompts))
-
-
-def _runs(marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], marked.view(np.int8), [0]])))
-    return edges[::2], edges[1::2]

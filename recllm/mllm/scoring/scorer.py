@@ -25,9 +25,21 @@ if TYPE_CHECKING:
     from recllm.mllm.visual_store import VisualStore
 
 SHARED_PREFIX, FULL_PROMPTS = "shared prefix", "full prompts"
-_FAMILIES = {"qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"}
-_DECODERS = {"qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3"}
-_ROPES = {"default", "linear", "yarn", "mrope"}  # whose angles do not depend on a batch's longest prompt
+_FAMILIES = {
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl"),
+    *("llava", "llava_next", "idefics3", "smolvlm"),
+}
+_DECODERS = {
+    *("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen2", "qwen3"),
+    *("llama", "mistral"),
+}
+_ROPES = {
+    "default",
+    "linear",
+    "yarn",
+    "mrope",
+    "llama3",
+}  # whose angles do not depend on a batch's longest prompt
 _PACKS = "support_avx512bf16_for_cpu"
 _CPU_BATCH = 4096
 _BATCH_BOUNDS = (2048, 65_536)
@@ -278,10 +290,13 @@ def can_share_prefix(model: Any) -> bool:
         model: The transformers model itself.
     """
     text = model.config.get_text_config()
+    layers = getattr(text, "layer_types", None)
+    windowed = layers is None and getattr(text, "sliding_window", None) is not None  # Mistral 7B of 2023
     return (
         model.config.model_type in _FAMILIES
         and text.model_type in _DECODERS
-        and set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        and set(layers or ["full_attention"]) == {"full_attention"}
+        and not windowed
         and getattr(text, "is_causal", True)
         and (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default") in _ROPES
         and model.device.type in DEVICES
