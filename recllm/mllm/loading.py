@@ -80,7 +80,23 @@ class LoadedModel:
 
     @cached_property
     def special_tokens(self) -> tuple[str, ...]:
-        """Tokens that data must never write: special ones, and added ones that the chat template uses."""
+        """What data must never write: special tokens, added ones that the chat template uses, turn marks."""
+        return tuple(sorted({*self._special_tokens, *(mark.strip() for mark in self.turn_marks)}))
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """The ids of those `special_tokens` that are tokens."""
+        return frozenset(self.tokenizer.convert_tokens_to_ids(list(self._special_tokens)))
+
+    @cached_property
+    def turn_marks(self) -> tuple[str, ...]:
+        """See `recllm.mllm.rendering.find_turn_marks`."""
+        from recllm.mllm.rendering import find_turn_marks
+
+        return find_turn_marks(self)
+
+    @cached_property
+    def _special_tokens(self) -> frozenset[str]:
         template = self.processor.chat_template
         added = self.tokenizer.added_tokens_decoder.values()
         used = {
@@ -88,15 +104,10 @@ class LoadedModel:
             for token in added
             if token.special or (token.content in template and not token.content.isspace())
         }
-        return tuple(sorted(used | set(self.tokenizer.all_special_tokens)))
+        return frozenset(used | set(self.tokenizer.all_special_tokens))
 
     @cached_property
-    def special_token_ids(self) -> frozenset[int]:
-        """The ids of `special_tokens`."""
-        return frozenset(self.tokenizer.convert_tokens_to_ids(list(self.special_tokens)))
-
-    @cached_property
-    def special_tokens_of_shape(self) -> dict[Any, dict[int, int]]:
+    def special_tokens_of_shape(self) -> dict[Any, dict[int | str, int]]:
         """What `recllm.mllm.rendering.render` has found out about chats of each form so far."""
         return {}
 

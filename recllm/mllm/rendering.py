@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,19 +25,26 @@ def render(loaded: LoadedModel, request: Request) -> str:
 
     The guard: the text must have as many special tokens of each kind (those that open and close turns and
     stand for images among them) as the same chat in which every text is "x". Text from data can then neither
-    open a turn nor add an image, whatever it holds. Ours.
+    open a turn nor add an image, whatever it holds. Turn marks without special tokens (LLaVA's "ASSISTANT:")
+    are counted, too. Ours.
 
     Raises:
-        DataError: The guard found special tokens in a text, or the chat template refuses the chat.
+        DataError: The guard found special tokens or turn marks in a text, or the chat template refuses the
+            chat.
     """
     text = _apply_template(loaded, request.messages, request.id)
     expected = _special_tokens_of_shape(loaded, _shape_of(request.messages))
     found = _special_tokens(loaded, text)
     if found != expected:
         odd = next(token for token in {**found, **expected} if found.get(token) != expected.get(token))
+        what = (
+            f"turn mark {odd.strip()!r}"
+            if isinstance(odd, str)
+            else f"special token {loaded.tokenizer.decode([odd])!r}"
+        )
         raise DataError(
-            f"request {request.id!r}: a text holds the special token {loaded.tokenizer.decode([odd])!r}, "
-            "which would change the chat's turns or images; put text from data through safe_text"
+            f"request {request.id!r}: a text holds the {what}, which would change the chat's turns or "
+            "images; put text from data through safe_text"
         )
     if text.count(loaded.processor.image_token) != len(request.images):
         raise DataError(f"request {request.id!r}: the chat template does not show each of its images once")
@@ -118,6 +126,30 @@ def token_ids(loaded: LoadedModel, text: str) -> list[int]:
     ).input_ids
 
 
+def find_turn_marks(loaded: LoadedModel) -> tuple[str, ...]:
+    """Returns what a chat template writes between turns where it writes no special token there.
+
+    LLaVA-1.5's are " ASSISTANT:" and " USER:". Most templates have none: their turns begin and end with
+    special tokens.
+    """
+    said = ("alpha", "beta", "gamma")
+    roles = ("user", "assistant", "user")
+    chat = [{"role": role, "content": [text_part(word)]} for role, word in zip(roles, said, strict=True)]
+    try:
+        text = _apply_template(loaded, chat, "turn marks")
+    except DataError:  # a template that takes no answers has no turns after the first
+        return ()
+    pieces = re.split("|".join(said), text)[1:]
+    if len(pieces) != len(said):
+        return ()
+    plain = [
+        piece.rstrip()
+        for piece in pieces
+        if not loaded.special_token_ids.intersection(_tokens(loaded, piece))
+    ]
+    return tuple(dict.fromkeys(mark for mark in plain if any(map(str.isalpha, mark))))
+
+
 def probe_inputs(loaded: LoadedModel) -> dict[str, Any]:
     """Returns inputs of a fixed prompt with an image, on the model's device: does an adapter act on it?"""
     from PIL import Image
@@ -153,12 +185,18 @@ def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
     return bos is None or not text.startswith(bos)  # the template wrote it already
 
 
-def _special_tokens(loaded: LoadedModel, text: str) -> dict[int, int]:
+def _tokens(loaded: LoadedModel, text: str) -> list[int]:
+    return loaded.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _special_tokens(loaded: LoadedModel, text: str) -> dict[int | str, int]:
+    """How often each special token stands in a text, by its id, and each turn mark, by its spelling."""
     counts = Counter(token_ids(loaded, text))
-    return {token: count for token, count in counts.items() if token in loaded.special_token_ids}
+    marks = {mark: count for mark in loaded.turn_marks if (count := text.count(mark))}
+    return {token: count for token, count in counts.items() if token in loaded.special_token_ids} | marks
 
 
-def _special_tokens_of_shape(loaded: LoadedModel, shape: Shape) -> dict[int, int]:
+def _special_tokens_of_shape(loaded: LoadedModel, shape: Shape) -> dict[int | str, int]:
     if shape not in loaded.special_tokens_of_shape:
         messages = [
             {

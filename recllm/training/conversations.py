@@ -39,7 +39,9 @@ def encode_conversation(loaded: LoadedModel, row: Mapping[str, Any], folder: Pat
     """Returns an instruction row in tokens; of its images only the headers are read.
 
     The prompt's tokens are exactly those that the model sees when it is asked, and all tokens together those
-    of the template's rendering of the whole conversation.
+    of the template's rendering of the whole conversation. Where the template ends an answer without a token
+    that ends it (LLaVA-1.5's), the tokenizer's end token replaces the white space behind the answer, so that
+    the model learns to end.
 
     Args:
         loaded: The model.
@@ -66,7 +68,10 @@ def encode_conversation(loaded: LoadedModel, row: Mapping[str, Any], folder: Pat
         raise DataError(f"sample {request.id!r}: {error}") from None
     expanded = expand(loaded, prompt_text, sizes)
     prompt = token_ids(loaded, expanded)
-    tokens = token_ids(loaded, expanded + text[len(prompt_text) :])  # a completion has no images
+    answer = text[len(prompt_text) :]  # which has no images
+    tokens = token_ids(loaded, expanded + answer)
+    if loaded.tokenizer.eos_token_id is not None and not _ends(loaded, tokens[len(prompt) :]):
+        tokens = [*token_ids(loaded, expanded + answer.rstrip()), loaded.tokenizer.eos_token_id]
     if tokens[: len(prompt)] != prompt:
         raise DataError(
             f"sample {request.id!r}: the first token of the completion swallows the end of the prompt; start "
@@ -103,6 +108,15 @@ def _check_plain(loaded: LoadedModel, name: str, messages: Sequence[Mapping[str,
                     f"{loaded.tokenizer.decode([min(found)])!r}, which would change the chat's turns; put "
                     "text from data through safe_text"
                 )
+            if marks := [mark for mark in loaded.turn_marks if mark in f" {part['text']}"]:
+                raise DataError(
+                    f"sample {name!r}: the completion holds the turn mark {marks[0].strip()!r}, which would "
+                    "change the chat's turns; put text from data through safe_text"
+                )
+
+
+def _ends(loaded: LoadedModel, tokens: Sequence[int]) -> bool:
+    return any(token in loaded.stop_token_ids for token in tokens)
 
 
 def _end_of_turn(loaded: LoadedModel, tokens: list[int], start: int) -> int:

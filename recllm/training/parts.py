@@ -17,8 +17,12 @@ VISION, PROJECTOR, LANGUAGE, EMBEDDINGS = (
     "embeddings and lm_head",
 )
 PARTS = (VISION, PROJECTOR, LANGUAGE, EMBEDDINGS)
-# The names in transformers of what stands between tower and language model: Qwen-VL's, Gemma's and others'.
-_PROJECTORS = ("merger", "deepstack_merger_list", "multi_modal_projector", "connector", "aligner")
+# The names in transformers of what stands between tower and language model: Qwen-VL's, Gemma's and others',
+# and LLaVA-NeXT's learned end of a row of patches.
+_PROJECTORS = (
+    *("merger", "deepstack_merger_list", "multi_modal_projector", "connector", "aligner"),
+    "image_newline",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Parts:
         for length in range(len(pieces), 0, -1):
             if (part := self._prefixes.get(".".join(pieces[:length]))) is not None:
                 return part
-        return VISION
+        return PROJECTOR if pieces[-1] in _PROJECTORS else VISION
 
     def linear_layers(self, trained: tuple[str, ...]) -> list[str]:
         """Returns the names of the linear layers of parts, by which LoRA finds them.

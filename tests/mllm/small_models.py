@@ -169,6 +169,8 @@ def _tokenizer(special: tuple[str, ...], template: str, **named: str) -> Any:
     core.train_from_iterator([_WORDS] * 4, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **named)
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    if "<image>" in special:  # whose templates write a space before an answer, which larger vocabularies join
+        tokenizer.add_tokens([" Yes", " No"])
     if tokenizer.bos_token is not None:  # as Gemma's does, although its chat template writes one as well
         tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recllm.errors import DataError
+from recllm.mllm.loading import load
 from recllm.mllm.visual_store import build_visual_store
 from recllm.training.collate import IMAGE_KEYS, Collator
 from recllm.training.conversations import encode_conversation
 from recllm.training.packing import IGNORED
 from recllm.training.rows import open_part, training_rows
 from recllm.training.sampling import EpochSampler
+from tests.mllm.small_models import save_small
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,31 @@ def test_labels_are_the_completion_with_the_end_of_its_turn(rows, loaded):
         behind = tokens[int(labeled.nonzero()[-1]) + 1 : int(attended.sum())]
         assert loaded.tokenizer.decode(behind).strip() == ""  # what the template writes after a turn
         assert (attended.diff() <= 0).all()  # padded on the right
+
+
+@pytest.mark.parametrize(
+    "family, ending",
+    [
+        ("llava", "</s>"),
+        ("llava_next", "</s>"),
+        ("smolvlm", "<end_of_utterance>"),
+        ("gemma3", "<end_of_turn>"),
+    ],
+)
+def test_every_family_learns_to_end_its_answer(world, tmp_path, family, ending):
+    """LLaVA-1.5's template ends an answer with a space alone: a model trained so would never stop."""
+    model = load(save_small(family, tmp_path / family))
+    encoded = encode_conversation(model, instruction_row(world), world)
+    said = model.tokenizer.decode(encoded.tokens[encoded.start : encoded.end])
+    assert said.strip() in [f"{answer}{model.tokenizer.eos_token}" for answer in ("Yes.", "No.")]
+    assert encoded.tokens[encoded.end - 1] in model.stop_token_ids
+
+
+def test_turns_of_words_in_a_completion_are_refused(world, tmp_path):
+    model, row = load(save_small("llava", tmp_path / "llava")), instruction_row(world)
+    row["completion"][0]["content"][0]["text"] = "Yes. USER: and this one? ASSISTANT: No."
+    with pytest.raises(DataError, match=r"completion holds the turn mark 'ASSISTANT:'"):
+        encode_conversation(model, row, world)
 
 
 def test_pixels_are_those_of_the_processor(rows, loaded, world):

@@ -42,7 +42,7 @@ class Answers:
         Args:
             loaded: The model.
             yes: Forms such as "Yes", "yes", " Yes", each of which must be one token; without any, the first
-                token of "Yes.".
+                token of "Yes." as the chat template writes this answer: after LLaVA's "ASSISTANT:" a " Yes".
             no: As `yes`, for "No.".
 
         Raises:
@@ -59,7 +59,7 @@ class Answers:
 
 def _tokens_of(loaded: LoadedModel, side: str, forms: Sequence[str]) -> tuple[int, ...]:
     if not forms:
-        return (_continuation(loaded, COMPLETIONS[side])[0],)
+        return (_continuation(loaded, _as_written(loaded, COMPLETIONS[side]))[0],)
     found = []
     for form in forms:
         tokens = _continuation(loaded, form)
@@ -75,8 +75,19 @@ def _tokens_of(loaded: LoadedModel, side: str, forms: Sequence[str]) -> tuple[in
     return tuple(found)
 
 
+_ASKED = Request("answer forms", (message("user", "x"),))
+
+
+def _as_written(loaded: LoadedModel, answer: str) -> str:
+    """Returns an answer with what the chat template puts before and after it, as training rows have it."""
+    opening = render(loaded, _ASKED)
+    chat = [*_ASKED.messages, message("assistant", answer)]
+    whole = loaded.processor.apply_chat_template(chat, tokenize=False)
+    return whole[len(opening) :] if whole.startswith(opening) else answer
+
+
 def _continuation(loaded: LoadedModel, text: str) -> list[int]:
-    opening = render(loaded, Request("answer forms", (message("user", "x"),)))
+    opening = render(loaded, _ASKED)
     tokenize = loaded.tokenizer
     before = tokenize(opening, add_special_tokens=False).input_ids
     both = tokenize(opening + text, add_special_tokens=False).input_ids

@@ -29,6 +29,14 @@ def test_default_forms_are_the_first_tokens_of_the_completions(tiny_path):
     assert len({*several.yes, *several.no}) == 5
 
 
+@pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "smolvlm"])
+def test_default_forms_have_the_space_that_the_chat_template_writes(tmp_path, family):
+    """Training rows say " Yes." after "ASSISTANT:", so a score must not ask for "Yes" without the space."""
+    loaded = load(save_small(family, tmp_path / family))
+    found = Answers.find(loaded)
+    assert [loaded.tokenizer.decode([token]) for token in (*found.yes, *found.no)] == [" Yes", " No"]
+
+
 def test_forms_that_are_not_one_token_or_stand_on_both_sides_are_refused(small):
     with pytest.raises(DataError, match=r"--no 'Nope nope' is \d+ tokens"):
         Answers.find(small, yes=("y",), no=("Nope nope",))
