@@ -8,7 +8,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,28 @@ def run_command(
             f"error: {error.filename or ''}: {error.strerror or error}".replace(" : ", " "), file=sys.stderr
         )
         raise SystemExit(1) from None
+
+
+def refuse_given(options: Any, names: Iterable[str], because: str) -> None:
+    """Refuses options that would have no effect: what is asked for is done or is an error.
+
+    Args:
+        options: A dataclass of options.
+        names: Fields that are not used here. One counts as given where it differs from its default.
+        because: Why they are not used, and what to do; follows their flags.
+
+    Raises:
+        DataError: Some are given; it names all of them.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    given = [name for name in names if getattr(options, name) != _default_of(fields[name])]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise DataError(f"{flags} {'has' if len(given) == 1 else 'have'} no effect {because}")
+
+
+def _default_of(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def peek(name: str, argv: Sequence[str]) -> Any:

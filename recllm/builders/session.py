@@ -13,6 +13,7 @@ from typing import Any
 from recllm.builders.catalog import Catalog
 from recllm.builders.options import ModelOptions, check_least, check_plain
 from recllm.builders.texts import check_free, describe_template, text_path
+from recllm.builders.unused import check_used
 from recllm.data.dataset import Dataset
 from recllm.errors import DataError
 from recllm.mllm.chat import Backend, Decoding, Request, Result
@@ -44,6 +45,7 @@ class Session:
         check_plain("--tag", options.tag)
         check_least(1, limit=options.limit, max_new_tokens=options.max_new_tokens)
         check_least(1, batch_size=options.batch_size, batch_tokens=options.batch_tokens)
+        check_used(options)
         self.options = options
         self.dataset = Dataset.open(options.dataset)
         self.templates = load_templates(TEMPLATES, options.templates)
@@ -226,7 +228,7 @@ def make_backend(options: ModelOptions) -> Backend:
                 revision=options.revision,
                 api_key_env=options.api_key_env,
                 concurrency=options.concurrency,
-                max_pixels=options.max_pixels or DEFAULT_MAX_PIXELS,
+                max_pixels=DEFAULT_MAX_PIXELS if options.max_pixels is None else options.max_pixels,
             )
         )
     shared = {

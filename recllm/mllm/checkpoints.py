@@ -46,6 +46,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Checkpoint:
     """
     folder = Path(name).expanduser()
     if name == "tiny":
+        if revision is not None:
+            raise DataError(f"tiny: the embedded model has no revision {revision!r}; leave it out")
         from recllm.mllm import tiny
 
         return Checkpoint("tiny", tiny.checkpoint_folder())

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from recllm.config import refuse_given
 from recllm.errors import DataError
 
 # What may differ between a run and its resumption: it changes neither a weight nor a chosen checkpoint.
@@ -170,6 +171,10 @@ class SFTOptions:
             raise DataError("--train-embeddings goes with --method full alone")
         if self.adapter is not None and self.method == "full":
             raise DataError("--adapter goes with --method qlora or lora")
+        if self.schedule == "constant" and self.warmup > 0:
+            refuse_given(
+                self, ("warmup",), "with --schedule constant. Leave it out, or give constant_with_warmup"
+            )
         if self.visual_store is not None and (self.train_projector or self.train_vision):
             raise DataError(
                 "--visual-store has what the frozen tower and projector gave; leave it out where they train"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from recllm.config import refuse_given
 from recllm.data.dataset import describe_file
 from recllm.errors import DataError
 from recllm.files import read_json
@@ -176,6 +177,10 @@ def _check(options: YesNoOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise DataError(f"--{name.replace('_', '-')} {value}: expected 1 or more")
+    if not options.generate_steps:
+        refuse_given(
+            options, ("step_tokens",), "without --generate-steps, which it is for. Leave it out, or add that"
+        )
     name = options.name
     if name is not None and (Path(name).name != name or name.startswith(".")):
         raise DataError(f"--name {name!r}: expected a plain word, which is part of a file's name")
