@@ -31,8 +31,8 @@ class Batch:
     Attributes:
         users: User code of each row; int64, shape [B].
         items: Item numbers, padded on the right with 0; int64, shape [B, T]. Empty for `pairs`.
-        days: Days of the items since the first training interaction, 0 for padding; float64, shape [B, T];
-            None where the log has no times.
+        days: Days of the items since the first training interaction, 0 for padding, NaN for an interaction
+            without a time; float64, shape [B, T]; None if no training interaction has a time.
         targets: Item numbers, 0 where nothing is to be foretold; int64, shape [B, T], for `pairs` [B, 1].
             None outside training.
         negatives: Item numbers that are not among the user's training items; int64, shape [B, T, K], for

@@ -30,7 +30,7 @@ Repaired: in the release the temporal experts are no parameters, so that they ar
 intervals at padding are logarithms of negative numbers; CP reads single numbers of the wrong rows and
 columns; absolute time is the cosine of seconds since 1970, which is noise: here t is 0 at the first and 1 at
 the last training interaction, and w starts from N(0, 2 pi). Intervals longer than any in training share the
-last bucket.
+last bucket. For an interaction without a time a = 0, and b = 0 for it and for the item after it.
 """
 
 from __future__ import annotations
@@ -95,24 +95,31 @@ class Times(nn.Module):
         self.scale = scale
         owner = np.repeat(np.arange(len(train)), np.diff(train.offsets))
         gaps = np.diff(train.days)[owner[1:] == owner[:-1]]
-        largest = float(gaps.max(initial=0.0)) * SECONDS_A_DAY
+        largest = float(np.fmax.reduce(gaps, initial=0.0)) * SECONDS_A_DAY  # fmax passes over NaN
         self.intervals = nn.Embedding(math.floor(scale * math.log2(largest + 1)) + 1, width)
-        self.span = max(float(train.days.max(initial=0.0)), 1.0)
+        self.span = float(np.fmax.reduce(train.days, initial=1.0))
         self.absolute = nn.Linear(1, width)
         slower = 10000.0 ** (-torch.arange(width) / width)
         self.register_buffer("slower", slower, persistent=False)
 
     def forward(self, days: Tensor) -> Tensor:
-        """Returns [interval; absolute time] of each item; shape [B, T, 2 d]."""
-        turns = self.absolute((days / self.span)[..., None].to(self.slower.dtype))
-        return torch.cat([self.intervals(self.buckets(days)), (turns * self.slower).cos()], -1)
+        """Returns [interval; absolute time] of each item; shape [B, T, 2 d].
+
+        Args:
+            days: Shape [B, T]; NaN for an item without a time.
+        """
+        known = days.isfinite()[..., None]
+        turns = self.absolute((days.nan_to_num(0.0) / self.span)[..., None].to(self.slower.dtype))
+        absolute = (turns * self.slower).cos() * known
+        return torch.cat([self.intervals(self.buckets(days)), absolute], -1)
 
     def buckets(self, days: Tensor) -> Tensor:
         """Returns the bucket of the interval before each item; int64, shape [B, T].
 
-        Days fall to 0 where the padding begins, so that differences are negative there.
+        Days fall to 0 where the padding begins, so that differences are negative there. An interval with a
+        time that is not known has bucket 0, as the first item's.
         """
-        seconds = (days.diff(dim=1) * SECONDS_A_DAY).round().clamp(min=0)
+        seconds = (days.diff(dim=1).nan_to_num(0.0) * SECONDS_A_DAY).round().clamp(min=0)
         bucket = (self.scale * (seconds + 1).log2()).floor().long()
         return F.pad(bucket, (1, 0)).clamp(max=self.intervals.num_embeddings - 1)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import polars as pl
 
+from recllm.data.dataset import NO_TIME
 from recllm.data.sequences import Sequences, open_sequences
 from recllm.data.splits import HeldOut, Split
 from recllm.rankers.features import Features
@@ -29,8 +30,9 @@ class Histories:
         users: User code of each; shape [sequences].
         offsets: Sequence `i` is `items[offsets[i] : offsets[i + 1]]`; shape [sequences + 1].
         items: Item numbers; shape [interactions].
-        days: When, in days since the first training interaction; float64, shape [interactions]; None where
-            the log has no times. Raw seconds are so large that a cosine of them says nothing.
+        days: When, in days since the first training interaction; float64, shape [interactions]; NaN for an
+            interaction without a time; None if no training interaction has one. Raw seconds are so large that
+            a cosine of them says nothing.
     """
 
     users: np.ndarray
@@ -55,7 +57,8 @@ class TrainingData:
             has none.
         prices: The price of each item, NaN where it is not known; float32, shape [items]; None where the
             catalog has no prices.
-        first_second: UTC second of the first training interaction, from which days are counted.
+        first_second: UTC second of the first training interaction that has a time, from which days are
+            counted; None if none has one.
     """
 
     n_users: int
@@ -64,13 +67,14 @@ class TrainingData:
     features: Mapping[str, Features] = field(default_factory=dict)
     categories: np.ndarray | None = None
     prices: np.ndarray | None = None
-    first_second: int = 0
+    first_second: int | None = None
 
     @classmethod
     def of(cls, split: Split, features: Mapping[str, Features] | None = None) -> TrainingData:
         """Reads the training part of a split."""
         sequences = open_sequences(split, "train")
-        first = int(sequences.timestamps.min()) if len(sequences.timestamps) else 0
+        timed = sequences.timestamps[sequences.timestamps != NO_TIME]
+        first = int(timed.min()) if len(timed) else None
         dataset = split.dataset
         return cls(
             len(dataset.users),
@@ -116,13 +120,17 @@ class TrainingData:
         return distinct // self.n_items, distinct % self.n_items
 
 
-def _histories(sequences: Sequences, first: int) -> Histories:
-    days = None
-    if len(sequences.timestamps):
-        days = (np.asarray(sequences.timestamps) - first) / SECONDS_A_DAY
+def _histories(sequences: Sequences, first: int | None) -> Histories:
+    days = None if first is None else days_since(first, np.asarray(sequences.timestamps))
     return Histories(
         np.asarray(sequences.users), np.asarray(sequences.offsets), np.asarray(sequences.items), days
     )
+
+
+def days_since(first: int, seconds: np.ndarray) -> np.ndarray:
+    """Converts UTC seconds to days since the second `first`; NaN where the time is `NO_TIME`."""
+    known = seconds != NO_TIME
+    return np.where(known, (np.where(known, seconds, first) - first) / SECONDS_A_DAY, np.nan)
 
 
 def _select(histories: Histories, wanted: np.ndarray) -> Histories:

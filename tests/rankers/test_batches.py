@@ -7,16 +7,20 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recllm.data.dataset import write_dataset
+from recllm.data.splits import SplitOptions, make_split
 from recllm.rankers.batches import Batch, Epochs, TrainingNegatives, history_batch, windows
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.ranker import states_at_targets
 from recllm.rankers.sasrec import SASRec, SASRecConfig
 from recllm.rankers.training_data import TrainingData
+from tests.conftest import make_dataset
 from tests.rankers import worlds
 from tests.rankers.worlds import histories, padded
 
@@ -216,6 +220,43 @@ def test_nothing_held_out_reaches_the_training_data(tmp_path):
     assert marked.sum() == 24 and not counts[marked].any() and counts[:10].all()
     assert not marked[data.pairs()[1]].any()
     assert data.train.days.min() == 0 and data.train.days.max() == 11 + 4 * 0.5
+
+
+def test_one_missing_time_moves_no_other_time(tmp_path):
+    """Days are counted from the first time that is known, and only the one interaction has none."""
+    whole = make_dataset(tmp_path / "whole")
+    first = whole.interactions.with_row_index("row").sort("timestamp", "row").group_by("user").first()
+    row = first.sort("timestamp", "row")["row"][5]  # its user's first in time, so that no order changes
+    log = whole.interactions.with_row_index("row").with_columns(
+        timestamp=pl.when(pl.col("row") == row).then(None).otherwise(pl.col("timestamp"))
+    )
+    part = write_dataset(
+        tmp_path / "part", items=whole.items, interactions=log.drop("row"), users=whole.users, source={}
+    )
+    splits = [make_split(dataset, SplitOptions(dataset.folder, "loo")) for dataset in (whole, part)]
+    before, after = (TrainingData.of(split) for split in splits)
+    assert after.first_second == before.first_second
+    missing = np.isnan(after.train.days)
+    assert missing.sum() == 1
+    assert np.array_equal(after.train.days[~missing], before.train.days[~missing])
+    known = [data.known_before(split, "test") for data, split in zip((before, after), splits, strict=True)]
+    missing = np.isnan(known[1].days)
+    assert missing.sum() == 1
+    assert np.array_equal(known[1].days[~missing], known[0].days[~missing])
+    assert known[1].days[~missing].min() == 0
+
+
+def test_training_without_any_readable_time_has_no_days(tmp_path):
+    """The log has times, but not in training: rankers that need them must refuse it."""
+    whole = make_dataset(tmp_path / "whole")
+    split = make_split(whole, SplitOptions(whole.folder, "loo"))
+    row = pl.int_range(pl.len())
+    later = row.is_in(np.concatenate([split.rows("valid"), split.rows("test")]).tolist())
+    log = whole.interactions.with_columns(timestamp=pl.when(later).then(pl.col("timestamp")))
+    part = write_dataset(tmp_path / "part", items=whole.items, interactions=log, users=whole.users, source={})
+    data = TrainingData.of(untimed := make_split(part, SplitOptions(part.folder, "loo")))
+    assert data.train.days is None
+    assert data.known_before(untimed, "test").days is None
 
 
 def test_what_is_known_before_a_part_has_no_target_of_it(tmp_path):

@@ -112,6 +112,34 @@ class TestHM4SR:
         gaps = np.concatenate([np.diff(row) for row in np.split(DATA.train.days, DATA.train.offsets[1:-1])])
         assert last == np.floor(100 * np.log2(gaps.max() * SECONDS + 1))
 
+    def test_a_missing_time_changes_nothing_for_other_users(self):
+        """The smallest int64 that stands for it must not enter what times are counted from or divided by."""
+        place = DATA.train.offsets[4]
+        without = DATA.train.days.copy()
+        without[place] = np.nan
+        data = replace(DATA, train=replace(DATA.train, days=without))
+        whole, model = hm4sr().eval(), hm4sr(data).eval()
+        assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+        assert model.times.span == whole.times.span
+
+        before, batch = history(), history_batch(data, data.train, DATA.train.users, 16, "cpu")
+        others = torch.arange(len(batch)) != 4
+        with torch.no_grad():
+            states, expected = model.states(batch), whole.states(before)
+            time = model.times(batch.days)
+        assert torch.equal(states[others], expected[others])
+        assert states.isfinite().all()
+        assert not torch.equal(states[4], expected[4])
+        assert batch.days[4].isnan().tolist()[:2] == [True, False]
+        assert (time[4, 0, 8:] == 0).all()  # no absolute time
+        assert model.times.buckets(batch.days)[4, :2].tolist() == [0, 0]
+        assert model.times.buckets(batch.days)[4, 2] == whole.times.buckets(before.days)[4, 2] > 0
+
+        training = next(Epochs(data, "positions", batch_size=32, length=16).epoch(0))[0]
+        assert training.days.isnan().sum() == 1
+        model.train().loss(training, Criterion("ce")).backward()
+        assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
     def test_padding_with_day_zero_changes_no_score(self):
         model = hm4sr().eval()
         row = history([4])
