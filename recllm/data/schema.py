@@ -21,7 +21,7 @@
 | `review`    | text    | null where the user wrote none                                  |
 
 `users.parquet`, one row a user: `user` (text, unique). Each table keeps what else the source has as extra
-columns.
+columns. `source_row` (int64) is an extra column of items that came with an items table: the item's row in it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ INTERACTIONS: dict[str, pl.DataType] = {
     "review": pl.String(),
 }
 USERS: dict[str, pl.DataType] = {"user": pl.String()}
+SOURCE_ROW = "source_row"
 TABLES = {"items": ITEMS, "interactions": INTERACTIONS, "users": USERS}
 
 _ABSENT = {"title": pl.lit(""), "text": pl.lit(""), "categories": pl.lit([]), "images": pl.lit([])}

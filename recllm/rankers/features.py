@@ -16,6 +16,7 @@ import numpy as np
 from recllm.data.dataset import Dataset
 from recllm.errors import DataError
 from recllm.mllm.embedding import DEFAULT_ENCODER
+from recllm.rankers.feature_order import rows_of_items
 
 LARGEST = 1e9
 """Number that a vector may have; the squares of larger ones soon are infinite."""
@@ -52,6 +53,7 @@ def text_features(
     dataset: Dataset,
     source: str = "catalog",
     *,
+    order: str | None = None,
     encoder: str = DEFAULT_ENCODER,
     device: str | None = None,
     progress: bool = False,
@@ -62,6 +64,7 @@ def text_features(
         dataset: The dataset.
         source: `catalog` (title and text of items.parquet), the name of a file in DATASET/texts, or a path
             that ends in .npy or .safetensors (see `read_features`).
+        order: Of the rows of a .npy file (see `read_features`).
         encoder: A sentence encoder, as in `recllm.mllm.embedding.find_encoder`.
         device: Where the encoder runs.
         progress: Show a bar.
@@ -70,7 +73,7 @@ def text_features(
         DataError: The texts, the encoder or the file are missing, or no item has a text.
     """
     if _is_file(source):
-        return read_features(dataset, Path(source))
+        return read_features(dataset, Path(source), order=order)
     from recllm.mllm.embedding import find_encoder, stored_embeddings
     from recllm.retrieval.item_texts import item_texts
 
@@ -85,20 +88,23 @@ def text_features(
     )
 
 
-def image_features(dataset: Dataset, source: str, *, max_pixels: int | None = None) -> Features:
+def image_features(
+    dataset: Dataset, source: str, *, order: str | None = None, max_pixels: int | None = None
+) -> Features:
     """Averages a vision tower's tokens over each item's images; or reads vectors from a file.
 
     Args:
         dataset: The dataset.
         source: A multimodal model (`tiny`, a local folder, a hub id), whose visual tokens are kept in
             DATASET/visual; or a path that ends in .npy or .safetensors (see `read_features`).
+        order: Of the rows of a .npy file (see `read_features`).
         max_pixels: Of an image, as the model sees it; None for the processor's own.
 
     Raises:
         DataError: The model or the file is missing, or no item has an image that can be read.
     """
     if _is_file(source):
-        return read_features(dataset, Path(source))
+        return read_features(dataset, Path(source), order=order)
     from recllm.mllm.images import resolve_image
     from recllm.mllm.loading import load
     from recllm.mllm.visual_folder import open_visual_store
@@ -117,25 +123,27 @@ def image_features(dataset: Dataset, source: str, *, max_pixels: int | None = No
     return _from_rows(rows, len(dataset.items), f"mean visual tokens of {source}")
 
 
-def read_features(dataset: Dataset, path: Path) -> Features:
+def read_features(dataset: Dataset, path: Path, *, order: str | None = None) -> Features:
     """Reads vectors from a file.
 
-    .safetensors: one tensor for each item, named by its id. .npy: a matrix whose rows belong to the ids in
-    `<name>.items.txt` beside it, one a line; without that file, to the rows of items.parquet. Items that the
-    file lacks, and rows of NaN, are items without the modality.
+    .safetensors: one tensor for each item, named by its id. .npy: a matrix; whose row is whose is said by
+    `<name>.items.txt` beside it, an id on each line, or by `order`. Items that the file lacks, and rows of
+    NaN, are items without the modality.
 
     Args:
         dataset: The dataset.
         path: The file.
+        order: Of the rows of a .npy file: `numeric`, `source`, `dataset` or the path of a mapping (see
+            `recllm.rankers.feature_order`). A .safetensors file has ids and takes none.
 
     Raises:
         DataError: The file is missing or damaged, has no vector for any item, has vectors of several widths,
-            or a number that is infinite or partly missing.
+            or a number that is infinite or partly missing; or the order is not named or does not fit.
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; expected vectors of items")
     code_of = {item: code for code, item in enumerate(dataset.items["item"])}
-    named = _read_npy(path, dataset) if path.suffix == ".npy" else _read_safetensors(path, code_of)
+    named = _read_npy(path, dataset, order) if path.suffix == ".npy" else _read_safetensors(path, code_of)
     rows = {code_of[item]: row for item, row in named if item in code_of and not np.isnan(row).all()}
     if not rows:
         raise DataError(f"{path}: no vector for any of the {len(code_of):,} items of {dataset.folder}")
@@ -161,7 +169,7 @@ def _read_safetensors(path: Path, code_of: dict[str, int]) -> list[tuple[str, np
         raise DataError(f"{path}: not readable as safetensors ({error})") from None
 
 
-def _read_npy(path: Path, dataset: Dataset) -> list[tuple[str, np.ndarray]]:
+def _read_npy(path: Path, dataset: Dataset, order: str | None) -> list[tuple[str, np.ndarray]]:
     try:
         matrix = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
@@ -170,21 +178,8 @@ def _read_npy(path: Path, dataset: Dataset) -> list[tuple[str, np.ndarray]]:
         raise DataError(f"{path}: an archive of arrays; expected one array, as numpy.save writes it")
     if matrix.ndim != 2 or matrix.dtype.kind != "f":
         raise DataError(f"{path}: {matrix.dtype} of shape {matrix.shape}; expected floats [items, width]")
-    listed = path.with_suffix(".items.txt")
-    if listed.is_file():
-        try:
-            names, whose = listed.read_text(encoding="utf-8-sig").rstrip("\n").split("\n"), str(listed)
-        except UnicodeDecodeError:
-            raise DataError(f"{listed}: not UTF-8; expected the id of an item on each line") from None
-    else:
-        names, whose = dataset.items["item"].to_list(), str(dataset.folder / "items.parquet")
-    if len(names) != len(matrix):
-        raise DataError(
-            f"{path}: {len(matrix):,} rows, but {whose} has {len(names):,} items; expected as many"
-        )
-    if len(set(names)) < len(names):
-        raise DataError(f"{listed}: an item stands twice")
-    return list(zip(names, np.asarray(matrix, dtype=np.float32), strict=True))
+    vectors = np.asarray(matrix, dtype=np.float32)
+    return [(item, vectors[row]) for item, row in rows_of_items(dataset, path, len(matrix), order)]
 
 
 def _from_rows(rows: dict[int, np.ndarray], items: int, source: str) -> Features:

@@ -23,7 +23,7 @@ from recllm.rankers.fit import FitOptions
 
 # What may differ between a run and its resumption: it changes neither a weight nor the chosen epoch. Split
 # and features are compared by their hashes.
-_FREE_ON_RESUME = ("out", "resume", "overwrite", "patience", "split", "text", "image")
+_FREE_ON_RESUME = ("out", "resume", "overwrite", "patience", "split", "text", "image", "feature_order")
 
 
 @dataclass
@@ -44,6 +44,10 @@ class TrainRankerOptions(FitOptions):
     image: str | None = None
     """Images of multimodal recommenders: the multimodal model whose visual tokens are averaged (`tiny`, a
     folder, a hub id), or a file of vectors (.npy, .safetensors); `none` for none."""
+    feature_order: str | None = None
+    """Which item each row of a .npy file belongs to: `numeric` (ids in ascending order as numbers), `source`
+    (the items table that was imported), `dataset` (items.parquet), or a file with an item id on each line or
+    the columns item,row. Not needed beside NAME.items.txt, nor for .safetensors."""
     encoder: str = "all-MiniLM-L6-v2"
     """The sentence encoder of the texts."""
     max_pixels: int | None = None

@@ -14,6 +14,7 @@ from recllm.errors import BusyError, DataError
 from recllm.files import read_json, staged_folder, write_json
 from recllm.mllm.ranks import rank, sum_over_ranks
 from recllm.rankers import ranker_class
+from recllm.rankers.feature_order import needs_order
 from recllm.rankers.features import Features, image_features, text_features
 from recllm.rankers.fit import Fitted, seed_weights
 from recllm.rankers.options import TrainRankerOptions, options_class
@@ -51,6 +52,7 @@ def open_run(options: TrainRankerOptions) -> RankerRun:
     split = Split.open(options.split)
     options.check(ranker_class(options.ranker), len(split.dataset.items))
     options.config()
+    _check_order_is_used(options)
     if rank() == 0:  # the first to come makes what is kept: embeddings, visual store, sequences
         data = TrainingData.of(split, read_modalities(options, split))
         for name, each in data.features.items():
@@ -133,6 +135,7 @@ def load_run(
     *,
     text: str | None = None,
     image: str | None = None,
+    feature_order: str | None = None,
     known_before: HeldOut | None = None,
 ) -> tuple[Ranker, RankerRun, str]:
     """Opens a run to score with.
@@ -142,6 +145,7 @@ def load_run(
         split: Another place of the split that it was trained on; None where it is where it was.
         text: Another place of its text features.
         image: Another place of its image features.
+        feature_order: The order of features in a .npy file, where it is another than in training.
         known_before: Graphs of interactions hold all that is known before the targets of this part; None:
             training interactions, as in training.
 
@@ -167,6 +171,7 @@ def load_run(
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path / MANIFEST} is damaged ({error!r}); train the ranker again") from None
     options.text, options.image = text or options.text, image or options.image
+    options.feature_order = feature_order or options.feature_order
     opened = Split.open(split or options.split)
     if (opened.dataset.data_hash, opened.split_hash) != made_from:
         raise DataError(f"{path} was trained on another split than {opened.folder}; train it on this one")
@@ -195,7 +200,11 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
     features = {}
     if "text" in wanted and options.text != "none":
         features["text"] = text_features(
-            split.dataset, options.text, encoder=options.encoder, progress=rank() == 0
+            split.dataset,
+            options.text,
+            order=options.feature_order,
+            encoder=options.encoder,
+            progress=rank() == 0,
         )
     if "image" in wanted and options.image is None:
         raise DataError(
@@ -203,8 +212,22 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
             "of vectors; --image none trains it without, where it can do without"
         )
     if "image" in wanted and options.image != "none":
-        features["image"] = image_features(split.dataset, options.image, max_pixels=options.max_pixels)
+        features["image"] = image_features(
+            split.dataset, options.image, order=options.feature_order, max_pixels=options.max_pixels
+        )
     return features
+
+
+def _check_order_is_used(options: TrainRankerOptions) -> None:
+    cls = ranker_class(options.ranker)
+    wanted = getattr(options.config(), "modalities", cls.modalities)
+    sources = {name: getattr(options, name) for name in wanted}
+    if options.feature_order is not None and not any(map(needs_order, sources.values())):
+        read = ", ".join(f"--{name} {source}" for name, source in sources.items()) or "no features"
+        raise DataError(
+            f"--feature-order {options.feature_order}: only a .npy file without ids takes an order, and "
+            f"{options.ranker} reads {read}; leave the option out"
+        )
 
 
 def from_json(settings: dict[str, Any]) -> TrainRankerOptions:

@@ -27,6 +27,9 @@ class ScoreRankerOptions:
     """Text features, where they are not where they were in training (see recipes/train_ranker.py)."""
     image: str | None = None
     """Image features, where they are not where they were in training."""
+    feature_order: str | None = None
+    """Which item each row of a .npy file belongs to, where that differs from training (see
+    recipes/train_ranker.py)."""
     candidates: str = "full"
     """Name of the split's candidates (such as 1+20-uniform-seed42): writes scores. full: ranks the whole
     catalog and writes rank records."""
@@ -70,7 +73,12 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
     check_absent(path, *([lists] if options.top_k else []), overwrite=options.overwrite)
     known = options.part if options.graph == "known" else None
     ranker, run, _ = load_run(
-        options.run, options.split, text=options.text, image=options.image, known_before=known
+        options.run,
+        options.split,
+        text=options.text,
+        image=options.image,
+        feature_order=options.feature_order,
+        known_before=known,
     )
     if full:
         ranking = full_ranking(run.split, options.part, mask=options.mask)

@@ -48,8 +48,8 @@ def code_of(dataset: Dataset) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_npy_without_names_follows_the_catalog(dataset, matrix, tmp_path, dtype):
-    found = read_features(dataset, put(tmp_path / "v.npy", matrix.astype(dtype)))
+def test_npy_without_names_follows_the_catalog_if_it_is_said_to(dataset, matrix, tmp_path, dtype):
+    found = read_features(dataset, put(tmp_path / "v.npy", matrix.astype(dtype)), order="dataset")
     assert found.vectors.dtype == np.float32 and found.present.all() and found.source == "v.npy"
     assert np.array_equal(found.vectors, matrix.astype(dtype).astype(np.float32))
 
@@ -84,7 +84,7 @@ def test_rows_of_nan_are_items_without_the_modality(dataset, matrix, tmp_path, k
         safetensors.numpy.save_file(dict(zip(ids, matrix, strict=True)), path)
     else:
         put(path, matrix, ids if kind == "named npy" else None)
-    found = read_features(dataset, path)
+    found = read_features(dataset, path, order="dataset" if kind == "npy" else None)
     assert np.flatnonzero(~found.present).tolist() == [2, 7]
     assert not found.vectors[[2, 7]].any() and np.isfinite(found.vectors).all()
 
@@ -99,7 +99,7 @@ def test_a_number_that_is_none_is_refused_with_its_item(dataset, matrix, tmp_pat
     else:
         safetensors.numpy.save_file(dict(zip(dataset.items["item"], matrix, strict=True)), path)
     with pytest.raises(DataError, match=f"{dataset.items['item'][4]!r}.*NaN or infinite"):
-        read_features(dataset, path)
+        read_features(dataset, path, order="dataset")
 
 
 def objects(path: Path, count: int) -> None:
@@ -124,8 +124,8 @@ def cut_off(path: Path, count: int) -> None:
         (cut_off, "not readable"),
         (lambda path, count: path.write_bytes(b""), "not readable"),
         (lambda path, count: path.write_text("0.1 0.2"), "not readable"),
-        (lambda path, count: np.save(path, np.ones((count + 1, WIDTH), np.float32)), "expected as many"),
-        (lambda path, count: np.save(path, np.ones((count - 1, WIDTH), np.float32)), "expected as many"),
+        (lambda path, count: np.save(path, np.ones((count + 1, WIDTH), np.float32)), "expects as many"),
+        (lambda path, count: np.save(path, np.ones((count - 1, WIDTH), np.float32)), "expects as many"),
         (lambda path, count: np.save(path, np.ones(count, np.float32)), "items, width"),
         (lambda path, count: np.save(path, np.ones((count, 2, 2), np.float32)), "items, width"),
         (lambda path, count: np.save(path, np.ones((count, WIDTH), np.int64)), "floats"),
@@ -137,7 +137,7 @@ def test_a_npy_of_another_kind_is_refused(dataset, tmp_path, write, message):
     path = tmp_path / "v.npy"
     write(path, len(dataset.items))
     with pytest.raises(DataError, match=message) as refused:
-        read_features(dataset, path)
+        read_features(dataset, path, order="dataset")
     assert str(path) in str(refused.value)
 
 
@@ -186,8 +186,9 @@ def test_safetensors_of_another_kind_are_refused(dataset, tmp_path, tensors, mes
 
 def test_both_modalities_take_files_and_name_one_that_is_missing(dataset, matrix, tmp_path):
     path = put(tmp_path / "v.npy", matrix)
+    expected = read_features(dataset, path, order="dataset").fingerprint
     for of in (text_features, image_features):
-        assert of(dataset, str(path)).fingerprint == read_features(dataset, path).fingerprint
+        assert of(dataset, str(path), order="dataset").fingerprint == expected
         for name in ("none.npy", "none.safetensors"):
             with pytest.raises(DataError, match=f"{name}.*no such file"):
                 of(dataset, str(tmp_path / name))
@@ -289,7 +290,7 @@ def test_numbers_whose_squares_are_infinite_are_refused(dataset, matrix, tmp_pat
     matrix = matrix.copy()
     matrix[3, 0] = 1e20
     with pytest.raises(DataError, match=dataset.items["item"][3]):
-        read_features(dataset, put(tmp_path / "v.npy", matrix))
+        read_features(dataset, put(tmp_path / "v.npy", matrix), order="dataset")
 
 
 def test_prices_are_read_or_not_known():

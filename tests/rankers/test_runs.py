@@ -42,6 +42,7 @@ from tests.training.ports import free_port
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "recipes" / "train_ranker.py")
 USERS, ITEMS, LENGTH = 60, 40, 9
+ORDER = ("--feature-order", "dataset")
 
 
 def write_log(out: Path) -> Dataset:
@@ -312,9 +313,8 @@ def test_nothing_of_the_test_part_reaches_training(
 def test_other_features_than_in_training_are_refused(split: Split, tmp_path: Path):
     vectors = np.random.default_rng(0).standard_normal((ITEMS, 6)).astype(np.float32)
     np.save(tmp_path / "text.npy", vectors)
-    done = train(
-        split, tmp_path / "run", "--text", str(tmp_path / "text.npy"), "--epochs", "1", ranker="unisrec"
-    )
+    files = ("--text", str(tmp_path / "text.npy"), *ORDER)
+    done = train(split, tmp_path / "run", *files, "--epochs", "1", ranker="unisrec")
     assert done.returncode == 0, done.stderr[-3000:]
     load_run(tmp_path / "run")
     vectors[0] += 1
@@ -347,9 +347,8 @@ def test_a_finished_run_is_extended(split: Split, tmp_path: Path):
 
 def test_a_run_may_move_with_its_split_and_features(split: Split, tmp_path: Path):
     np.save(tmp_path / "text.npy", np.random.default_rng(0).normal(size=(ITEMS, 6)).astype(np.float32))
-    done = train(
-        split, tmp_path / "run", "--text", str(tmp_path / "text.npy"), "--epochs", "1", ranker="unisrec"
-    )
+    files = ("--text", str(tmp_path / "text.npy"), *ORDER)
+    done = train(split, tmp_path / "run", *files, "--epochs", "1", ranker="unisrec")
     assert done.returncode == 0, done.stderr
     (tmp_path / "moved").mkdir()
     (tmp_path / "run").rename(tmp_path / "moved" / "run")
@@ -392,7 +391,7 @@ def test_a_start_that_fails_leaves_nothing_in_the_way(split: Split, tmp_path: Pa
 def test_unisrec_reads_what_it_is_told_to(split: Split, tmp_path: Path):
     for name in ("text", "image"):
         np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).normal(size=(ITEMS, 6)).astype(np.float32))
-    files = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy")]
+    files = ["--text", str(tmp_path / "text.npy"), "--image", str(tmp_path / "image.npy"), *ORDER]
     for modalities in (["image"], ["text", "image"]):
         out = tmp_path / "-".join(modalities)
         done = train(split, out, "--modalities", *modalities, *files, "--epochs", "1", ranker="unisrec")
@@ -431,6 +430,8 @@ def test_damaged_weights_and_foreign_folders_are_refused(split: Split, trained: 
         (["--ranker", "sasrec", "--loss", "gbce", "--negatives", "500", "--split", "SPLIT"], "of 40 items"),
         (["--ranker", "lattice", "--split", "SPLIT"], "give --image"),
         (["--ranker", "hm4sr", "--image", "none", "--split", "SPLIT"], "--image"),
+        (["--ranker", "unisrec", *ORDER, "--split", "SPLIT"], "unisrec reads --text catalog; leave the"),
+        (["--ranker", "sasrec", *ORDER, "--split", "SPLIT"], "sasrec reads no features; leave the"),
     ],
 )
 def test_options_that_cannot_work_are_told_in_a_line(

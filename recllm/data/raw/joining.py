@@ -20,6 +20,7 @@ from recllm.data.raw.tables import (
     check_names,
     require_columns,
 )
+from recllm.data.schema import SOURCE_ROW
 from recllm.errors import DataError
 
 Result = TypeVar("Result")
@@ -41,7 +42,7 @@ def mapped(table: RawTable, columns: Mapping[str, str], kind: str) -> RawTable:
     found = [name for name in table.frame.collect_schema().names() if name not in (LINE, FILE)]
     require_columns(table.path, found, columns.values())
     check_names(table.path, found)
-    reserved = {*schema.TABLES[kind], *columns}
+    reserved = {*schema.TABLES[kind], *columns, *([SOURCE_ROW] if kind == "items" else [])}
     extras = {}
     for name in found:
         if name not in columns.values():
@@ -94,6 +95,16 @@ def with_clean_ids(table: RawTable, key: str, findings: Findings) -> RawTable:
     """Reads a small table now, with ids as the dataset will have them, ready for joins."""
     table = collected(table)
     table.frame = table.frame.with_columns(clean_id(table.frame, key, findings)).collect().lazy()
+    return table
+
+
+def with_source_rows(table: RawTable) -> RawTable:
+    """Keeps the order of an items table: `SOURCE_ROW` is an item's row in it, from 0.
+
+    Items of a dataset are sorted by id as text. Vectors that were computed row by row need the order of the
+    source.
+    """
+    table.frame = table.frame.with_row_index(SOURCE_ROW).with_columns(pl.col(SOURCE_ROW).cast(pl.Int64))
     return table
 
 

@@ -9,7 +9,15 @@ import polars as pl
 
 from recllm.data.raw.delimited import read_delimited
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.joining import collected, column_of, find_images, looked_at, mapped, with_clean_ids
+from recllm.data.raw.joining import (
+    collected,
+    column_of,
+    find_images,
+    looked_at,
+    mapped,
+    with_clean_ids,
+    with_source_rows,
+)
 from recllm.data.raw.lines import is_compressed
 from recllm.data.raw.tables import LINE, RawDataset, RawTable, existing_file, find_file
 from recllm.data.readers.options import ImportOptions
@@ -147,4 +155,4 @@ class RecBole(ImportOptions):
         if "categories" in columns:
             types = {**types, columns["categories"]: "token_seq"}
         table = mapped(self._typed(table, types, as_text), columns, "items")
-        return with_clean_ids(table, "item", findings)
+        return with_source_rows(with_clean_ids(table, "item", findings))

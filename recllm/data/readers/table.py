@@ -14,6 +14,7 @@ from recllm.data.raw.joining import (
     mapped,
     text_column,
     with_clean_ids,
+    with_source_rows,
 )
 from recllm.data.raw.tables import RawDataset, RawTable
 from recllm.data.readers.options import ImportOptions
@@ -174,4 +175,4 @@ def items_table(
         if name in chosen:
             columns.append(list_column(table.frame, name, table.path, separator))
     table.frame = table.frame.with_columns(*columns)
-    return table
+    return with_source_rows(table)
