@@ -11,7 +11,7 @@ from recllm.data.tables import read_table
 from recllm.errors import DataError
 from recllm.evaluation.frames import COLUMNS, check_scores
 from recllm.evaluation.metrics import pooled_auc
-from recllm.evaluation.ranks import RankRecords, check_one_setting, rank_candidates
+from recllm.evaluation.ranks import RankRecords, check_one_setting, rank_candidates, refuse_all_tied
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,11 +31,13 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
 
     Raises:
         DataError: The file holds neither, scores come without candidates, or the file states another protocol
-            than the candidates; rank records were made from other candidates than those given.
+            than the candidates; rank records were made from other candidates than those given; all scores
+            of the system tie.
     """
     frame, metadata = read_table(path)
     if set(COLUMNS) <= set(frame.columns):
         records = RankRecords.load(path)
+        refuse_all_tied(records, str(path))
         if candidates is not None:
             _check_made_from(records, path, candidates)
         return System(path, records, None)
@@ -60,6 +62,7 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
         records = rank_candidates(candidates.frame, scores, **names, fingerprint=candidates.fingerprint)
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
+    refuse_all_tied(records, str(path))
     labeled = candidates.frame.join(scores, on=keys)
     both = labeled["label"].n_unique() == 2
     auc = pooled_auc(labeled["score"].to_numpy(), labeled["label"].to_numpy()) if both else None

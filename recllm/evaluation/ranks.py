@@ -52,8 +52,20 @@ class RankRecords:
     def __len__(self) -> int:
         return len(self.above)
 
+    @property
+    def all_tied(self) -> bool:
+        """Whether each list of two or more candidates has one score for all of them; False if none is so
+        long."""
+        several = np.asarray(self.n) > 1
+        return bool(several.any() and (np.asarray(self.tied) == self.n)[several].all())
+
     def save(self, path: Path) -> None:
-        """Writes the records as parquet, ids as text, atomically."""
+        """Writes the records as parquet, ids as text, atomically.
+
+        Raises:
+            DataError: All scores tie (see `refuse_all_tied`).
+        """
+        refuse_all_tied(self, f"{path} was not written")
         frame = pl.DataFrame(
             {
                 "user": self.user.cast(pl.String),
@@ -93,6 +105,24 @@ class RankRecords:
         above, tied, n = (frame[name].cast(pl.Int64).to_numpy() for name in COLUMNS[2:])
         names = metadata["recllm.protocol"], metadata["recllm.system"], metadata.get("recllm.candidates", "")
         return cls(frame["user"], frame["item"], above, tied, n, lists, *names)
+
+
+def refuse_all_tied(records: RankRecords, where: str) -> None:
+    """Raises a `DataError` if no list of two or more candidates has two different scores.
+
+    Such a result is that of chance, with an AUC of exactly 0.5: something did not work. Lists of one
+    candidate say nothing and are passed over.
+    """
+    if records.all_tied:
+        raise DataError(
+            f"{where}: {records.system!r} scores all candidates alike in each of {len(records):,} lists, so "
+            "it ranks nothing; it may know none of these users or items, or its training may have collapsed"
+        )
+
+
+def refuse_equal_scores(candidates: pl.DataFrame, scores: pl.DataFrame, system: str, path: Path) -> None:
+    """Raises a `DataError` before scores that all tie are written to `path` (see `refuse_all_tied`)."""
+    refuse_all_tied(rank_candidates(candidates, scores, system=system), f"{path} was not written")
 
 
 def rank_candidates(

@@ -48,6 +48,24 @@ def degree_normalized(matrix: sparse.csr_array) -> sparse.csr_array:
     return sparse.csr_array(sparse.diags_array(rows) @ matrix @ sparse.diags_array(columns))
 
 
+def trained_only(interactions: sparse.csr_array, degrees: np.ndarray) -> sparse.csr_array:
+    """Leaves out the interactions [B, I] with items that have no edge in a graph, by their degrees [I]."""
+    kept = sparse.csr_array(interactions @ sparse.diags_array((degrees > 0).astype(np.float32)))
+    kept.eliminate_zeros()
+    return kept
+
+
+def symmetric_edges(interactions: sparse.csr_array, degrees: np.ndarray) -> sparse.csr_array:
+    """Returns the edges from users outside a graph to its items, weighted as within it: 1 / sqrt(d_u d_i).
+
+    Args:
+        interactions: 1 where a user has interacted with an item; shape [B, I]. d_u are its row sums.
+        degrees: d_i, of the items in the graph; shape [I].
+    """
+    scales = sparse.diags_array(_power(interactions.sum(1), -0.5)), sparse.diags_array(_power(degrees, -0.5))
+    return sparse.csr_array(scales[0] @ interactions @ scales[1])
+
+
 def row_normalized(matrix: sparse.csr_array) -> sparse.csr_array:
     """Returns D^-1 A, D the row sums of A. A node without edges keeps none."""
     return sparse.csr_array(sparse.diags_array(_power(matrix.sum(1), -1.0)) @ matrix)
@@ -108,6 +126,41 @@ def mean_of_layers(matrix: SparseMatrix, users: Tensor, items: Tensor, layers: i
         Users [U, D] and items [I, D]; source: LightGCN (arXiv 2002.02126), eq. 8 with equal weights.
     """
     return _MeanOfLayers.apply(users, items, matrix.rows, matrix.transposed_rows, layers)
+
+
+@torch.no_grad()
+def fold_in(
+    matrix: SparseMatrix,
+    users: Tensor,
+    items: Tensor,
+    layers: int,
+    edges: SparseMatrix,
+    own: Tensor | None = None,
+) -> Tensor:
+    """Propagates to users outside the graph: as `mean_of_layers`, with 0 for their own first layer.
+
+    They read the graph, and nothing in it reads them: vectors of others stay as they are.
+
+    Args:
+        matrix: As in `mean_of_layers`; shape [U + I, U + I].
+        users: Shape [U, D].
+        items: Shape [I, D].
+        layers: L.
+        edges: From each user outside to items; shape [B, I].
+        own: The weight of a user's own layer in the next one; shape [B, 1]; None for 0.
+
+    Returns:
+        Shape [B, D].
+    """
+    layer = torch.cat([users, items])
+    new = layer.new_zeros(edges.shape[0], layer.shape[1])
+    total = new.clone()
+    for _ in range(layers):
+        passed = edges(layer[len(users) :])
+        new = passed if own is None else passed + own * new
+        total += new
+        layer = _times(matrix.rows, layer)
+    return total / (layers + 1)
 
 
 Rows = tuple[Tensor, Tensor, Tensor]

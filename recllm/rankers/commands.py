@@ -12,6 +12,7 @@ from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.data.splits import Split
 from recllm.evaluation import rank_catalog
+from recllm.evaluation.ranks import refuse_equal_scores
 from recllm.files import write_file
 from recllm.rankers.popularity import Popularity
 from recllm.retrieval.score_files import check_absent, check_top_k, tell_stage
@@ -41,7 +42,11 @@ class PopularityOptions:
 
 
 def popularity(options: PopularityOptions) -> Path:
-    """Fits popularity on the training part; writes its scores or rank records and returns the file."""
+    """Fits popularity on the training part; writes its scores or rank records and returns the file.
+
+    Raises:
+        DataError: A file exists, or all items are equally popular.
+    """
     split = Split.open(options.split)
     name = "popularity" if options.part == "test" else f"popularity-{options.part}"
     full = options.candidates == "full"
@@ -63,6 +68,7 @@ def popularity(options: PopularityOptions) -> Path:
         return path
     candidates = read_candidates(split, options.candidates, options.part)
     scores = model.score(candidates.frame)
+    refuse_equal_scores(candidates.frame, scores, "popularity", path)
     metadata = {"recllm.protocol": candidates.protocol, "recllm.system": "popularity"}
     write_file(path, lambda temporary: scores.write_parquet(temporary, metadata=metadata))
     print(f"{path}: scores; next: recllm eval ranks {path} --candidates {candidates.path}")

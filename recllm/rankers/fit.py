@@ -29,7 +29,7 @@ from recllm.journal import Journal
 from recllm.rankers.batches import Batch, Epochs
 from recllm.rankers.criteria import BLOCK, Criterion, Loss
 from recllm.rankers.ranker import Ranker
-from recllm.rankers.ranking import UserStates, some_lists
+from recllm.rankers.ranking import UserStates, check_users_are_served, some_lists
 from recllm.rankers.saving import RunState, load_state, save_ranker, save_state
 from recllm.rankers.training_data import TrainingData
 
@@ -167,11 +167,13 @@ def fit(
         resume: Go on from the state in `folder`.
 
     Raises:
-        DataError: An option does not fit the ranker, or the loss is no longer a number.
+        DataError: An option does not fit the ranker, the ranker cannot know any user of the validation lists,
+            scores all items alike, or the loss is no longer a number.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     options.check(type(ranker), data.n_items)
+    check_users_are_served(type(ranker), split, "valid")
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # every process makes them from one seed
     on_cpu = not torch.accelerator.is_available()  # unsaid, several processes on CPUs would stay alone
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[alike])
@@ -287,16 +289,27 @@ def _validation_lists(split: Split, options: FitOptions, rank: int, processes: i
 def _validate(
     ranker: Ranker, data: TrainingData, split: Split, lists: FullRanking, accelerator: Any
 ) -> dict[str, float]:
-    """The metrics over all processes' lists."""
-    sums = np.zeros(len(METRICS) + 1)
+    """The metrics over all processes' lists.
+
+    Raises:
+        DataError: The ranker scores all items alike in every list; raised by each process.
+    """
+    sums = np.zeros(len(METRICS) + 2)
     if len(lists.users):
         states = UserStates(ranker, data, data.known_before(split, "valid"), lists.users.astype(np.int64))
         records = rank_catalog(lists, states.for_ranking(), system="validation")
         means = compute_metrics(records, names=list(METRICS)).mean()
-        sums[:-1] = [means[name] * len(lists.users) for name in METRICS]
-        sums[-1] = len(lists.users)
+        sums[:-2] = [means[name] * len(lists.users) for name in METRICS]
+        sums[-2:] = len(lists.users), records.all_tied * len(lists.users)
     sums = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").cpu().numpy()
-    return {name: float(value / sums[-1]) for name, value in zip(METRICS, sums[:-1], strict=True)}
+    count, tied = sums[-2:]
+    if tied == count:
+        raise DataError(
+            f"{type(ranker).__name__} scores all items alike in each of the {int(count):,} validation lists "
+            f"of {split.folder}: it may know none of their users, or training has collapsed (a smaller "
+            "--learning-rate, other features or another seed may help)"
+        )
+    return {name: float(value / count) for name, value in zip(METRICS, sums[:-2], strict=True)}
 
 
 class _Best:

@@ -9,7 +9,8 @@ and normalized anew; E = mean of the layers 0 .. L of LightGCN over them
     user = E_u,  item = E_i + h_i,  y^_{ui} = user . item
     loss = BPR(user, item) + lambda sum over m of BPR(user, W_m f_i + b_m)
 
-Rankings come from the whole graph of interactions. Shapes: users [U, d], items [I, d], W_m f [I, d].
+Rankings come from the whole graph of interactions. Users whom training did not know are folded in as in
+`lightgcn` (ours). Shapes: users [U, d], items [I, d], W_m f [I, d].
 
 With one modality alone, S is its graph. An item without the modality has no edges in S_m, and without a
 modality there is no S_m. As in the paper, no penalty of the tables. Raw features stay frozen (MMRec trains
@@ -30,9 +31,12 @@ from recllm.graphs.knn import nearest_neighbors
 from recllm.graphs.propagation import (
     SparseMatrix,
     bipartite,
+    fold_in,
     interaction_matrix,
     mean_of_layers,
+    symmetric_edges,
     symmetric_normalized,
+    trained_only,
 )
 from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import codes_of, compare, rows_of, xavier_table
@@ -65,6 +69,7 @@ class FREEDOM(PairRanker):
     """LightGCN on part of the interactions, plus one step over a frozen graph of similar items."""
 
     Config: ClassVar[type] = FREEDOMConfig
+    folds_in = True
     modalities = MODALITIES
     modality_parts: ClassVar = {"text": ("text",), "image": ("image",)}
 
@@ -83,6 +88,7 @@ class FREEDOM(PairRanker):
         self._touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
         self.graph = SparseMatrix(symmetric_normalized(bipartite(self._touched)))
         self.pruned_graph = self.graph
+        self._degrees = self._touched.sum(0)
 
     def begin_epoch(self, random: np.random.Generator) -> None:
         """Draws the pairs of the epoch's graph."""
@@ -95,6 +101,12 @@ class FREEDOM(PairRanker):
         graph = self.pruned_graph if self.training else self.graph
         users, items = mean_of_layers(graph, self.users.weight, self.items.weight, self.config.layers)
         return users, items + self._over_item_graph(self.items.weight, without)
+
+    def fold_in(self, interactions: sparse.csr_array, *, without: Without = ()) -> Tensor:
+        """Returns the vectors of users outside the graph of interactions; shape [B, d]."""
+        users, items = self.users.weight, self.items.weight
+        edges = SparseMatrix(symmetric_edges(trained_only(interactions, self._degrees), self._degrees))
+        return fold_in(self.graph, users, items, self.config.layers, edges.to(items.device))
 
     def _over_item_graph(self, items: Tensor, without: Without) -> Tensor:
         share = {"image": self.config.image_weight, "text": 1 - self.config.image_weight}

@@ -21,7 +21,9 @@ Learned neighbors are looked up anew each epoch and for rankings; the weights of
 projections at every step, and carry the gradient to W_m (in MMRec one step of an epoch does so). Nothing is
 items x items (MMRec holds several such matrices whole). Raw features stay frozen (MMRec trains a copy).
 Either modality alone will do; items without a modality have no edges in its graphs.
-Ours: learned graphs are normalized for each modality, as in the paper (MMRec normalizes their sum).
+Ours: a user whom training did not know starts from 0 and reads the graph from outside, by a row of A_ui of
+its own: (its own layer + those of its items) / (items + 1). Learned graphs are normalized for each modality,
+as in the paper (MMRec normalizes their sum).
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ from recllm.graphs.knn import nearest_neighbors
 from recllm.graphs.propagation import (
     SparseMatrix,
     bipartite,
+    fold_in,
     interaction_matrix,
     mean_of_layers,
     row_normalized,
     symmetric_normalized,
+    trained_only,
 )
 from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import compare, penalty, rows_of, xavier_table
@@ -75,6 +79,7 @@ class LATTICE(PairRanker):
     """LightGCN, plus a step over a graph of similar items that is partly learned."""
 
     Config: ClassVar[type] = LATTICEConfig
+    folds_in = True
     modalities = MODALITIES
     modality_parts: ClassVar = {"text": ("text",), "image": ("image",)}
 
@@ -93,6 +98,7 @@ class LATTICE(PairRanker):
         touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
         with_self = bipartite(touched) + sparse.eye_array(data.n_users + data.n_items, dtype=np.float32)
         self.graph = SparseMatrix(row_normalized(sparse.csr_array(with_self)))
+        self._degrees = touched.sum(0)
 
     def begin_epoch(self, random: np.random.Generator) -> None:
         """Looks up the neighbors of the learned graphs."""
@@ -103,6 +109,15 @@ class LATTICE(PairRanker):
         """Returns the vectors of users [U, d] and of items [I, d]."""
         users, items = mean_of_layers(self.graph, self.users.weight, self.items.weight, self.config.layers)
         return users, items + F.normalize(self._over_item_graph(self.items.weight, without))
+
+    def fold_in(self, interactions: sparse.csr_array, *, without: Without = ()) -> Tensor:
+        """Returns the vectors of users outside the graph of interactions; shape [B, d]."""
+        users, items = self.users.weight, self.items.weight
+        known = trained_only(interactions, self._degrees)
+        own = 1 / (known.sum(1) + 1)
+        edges = SparseMatrix(sparse.csr_array(sparse.diags_array(own) @ known)).to(items.device)
+        own = torch.from_numpy(own.astype(np.float32))[:, None].to(items.device)
+        return fold_in(self.graph, users, items, self.config.layers, edges, own)
 
     def _over_item_graph(self, items: Tensor, without: Without) -> Tensor:
         alpha = torch.softmax(self.importance, 0) if len(self.modalities) > 1 else items.new_ones(1)

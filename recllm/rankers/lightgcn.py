@@ -5,7 +5,10 @@
     y^_{ui} = e_u . e_i                                                     (eq. 5)
     loss    = BPR + lambda / (2 B) sum of |e^0|^2 over the rows of the batch (eq. 15)
 
-R are the training interactions of the users. Shapes: users [U, d], items [I, d], E [U + I, d].
+R are the training interactions of the users. A user whom training did not know has e^0 = 0 and reads the
+graph from outside: e^{k+1}_u = sum over the known items of e^k_i / sqrt(d_u d_i) (ours).
+
+Shapes: users [U, d], items [I, d], E [U + I, d].
 
 Ours: the mean of the layers is one operation, whose gradient is the same operation on the gradient (A is
 symmetric; the operation takes the transpose), so that no layer is kept.
@@ -16,14 +19,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from scipy import sparse
 from torch import Tensor
 
 from recllm.graphs.propagation import (
     SparseMatrix,
     bipartite,
+    fold_in,
     interaction_matrix,
     mean_of_layers,
+    symmetric_edges,
     symmetric_normalized,
+    trained_only,
 )
 from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import compare, penalty, rows_of, xavier_table
@@ -48,6 +55,7 @@ class LightGCN(PairRanker):
     """Smooths tables of users and items over the graph of their interactions."""
 
     Config: ClassVar[type] = LightGCNConfig
+    folds_in = True
 
     def __init__(self, data: TrainingData, config: LightGCNConfig | None = None) -> None:
         super().__init__()
@@ -56,10 +64,17 @@ class LightGCN(PairRanker):
         self.items = xavier_table(data.n_items, config.width)
         touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
         self.graph = SparseMatrix(symmetric_normalized(bipartite(touched)))
+        self._degrees = touched.sum(0)
 
     def vectors(self, *, without: Without = ()) -> tuple[Tensor, Tensor]:
         """Returns the means over the layers, [U, d] and [I, d]."""
         return mean_of_layers(self.graph, self.users.weight, self.items.weight, self.config.layers)
+
+    def fold_in(self, interactions: sparse.csr_array, *, without: Without = ()) -> Tensor:
+        """Returns the means over the layers of users outside the graph; shape [B, d]."""
+        users, items = self.users.weight, self.items.weight
+        edges = SparseMatrix(symmetric_edges(trained_only(interactions, self._degrees), self._degrees))
+        return fold_in(self.graph, users, items, self.config.layers, edges.to(items.device))
 
     def loss(self, batch: Batch, criterion: Criterion, *, without: Without = ()) -> Tensor:
         """Compares the batch's pairs, and keeps their rows of the tables small."""

@@ -14,7 +14,8 @@ Shapes: preferences [U, latent], id [U + I, d], x [U + I, latent or d].
 
 Repaired: tables of numbers and preferences are trained (in MMRec they are plain tensors, which no optimizer
 ever changes). Either modality alone will do; a user or an item without neighbors has h = 0.
-Ours: features of both modalities are projected to the same `latent` width; the mean over modalities is the
+Ours: a user whom training did not know has id = 0 and x = 0 at first, and at each layer h from its items;
+features of both modalities are projected to the same `latent` width; the mean over modalities is the
 paper's sum up to a factor; two layers by default (MMRec has three).
 """
 
@@ -24,10 +25,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recllm.graphs.propagation import SparseMatrix, bipartite, interaction_matrix, row_normalized
+from recllm.graphs.propagation import (
+    SparseMatrix,
+    bipartite,
+    interaction_matrix,
+    row_normalized,
+    trained_only,
+)
 from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import codes_of, compare, penalty, rows_of, xavier_table
 from recllm.rankers.criteria import Criterion
@@ -55,6 +63,7 @@ class MMGCN(PairRanker):
     """Passes messages over the interactions in each modality apart, tied by the tables of numbers."""
 
     Config: ClassVar[type] = MMGCNConfig
+    folds_in = True
     modalities = MODALITIES
     modality_parts: ClassVar = {"text": ("text.projection",), "image": ("image.projection",)}
 
@@ -70,6 +79,7 @@ class MMGCN(PairRanker):
             self.add_module(modality, ModalityGraph(features, data.n_users, config))
         touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
         self.graph = SparseMatrix(row_normalized(bipartite(touched)))
+        self._degrees = touched.sum(0)
 
     def vectors(self, *, without: Without = ()) -> tuple[Tensor, Tensor]:
         """Returns the means over the modalities, [U, d] and [I, d]."""
@@ -77,6 +87,18 @@ class MMGCN(PairRanker):
         every = torch.arange(len(numbers), device=numbers.device)
         mean = self._mean(numbers, every, without)
         return mean[: len(self.users.weight)], mean[len(self.users.weight) :]
+
+    def fold_in(self, interactions: sparse.csr_array, *, without: Without = ()) -> Tensor:
+        """Returns the means over the modalities of users outside the graph; shape [B, d]."""
+        numbers = torch.cat([self.users.weight, self.items.weight])
+        known = row_normalized(trained_only(interactions, self._degrees))
+        edges = SparseMatrix(known).to(numbers.device)
+        parts = [
+            self.get_submodule(each).fold_in(self.graph, numbers, edges, zeroed=each in without)
+            for each in self.modalities
+        ]
+        some = torch.from_numpy(known.sum(1) > 0).to(numbers.device)  # biases alone say nothing of a user
+        return sum(parts) / len(parts) * some[:, None]
 
     def _mean(self, numbers: Tensor, nodes: Tensor, without: Without) -> Tensor:
         """Returns the mean over the modalities of some users and items; shape [nodes, d]."""
@@ -123,13 +145,40 @@ class ModalityGraph(nn.Module):
             nodes: Users and items, the latter from U on; the last layer is computed for these alone.
             zeroed: Leave the items' features out.
         """
-        x = F.normalize(torch.cat([self.preferences.weight, self.projection(zeroed=zeroed)]))
+        x = self._first(zeroed)
         last = len(self.together) - 1
-        for layer, together in enumerate(self.together):
+        for layer in range(len(self.together)):
             around, own_number = graph(x), numbers
             if layer == last:
                 around, x, own_number = (F.embedding(nodes, each) for each in (around, x, numbers))
-            neighbors = F.leaky_relu(self.of_neighbors[layer](around))
-            own = F.leaky_relu(self.of_own[layer](x)) + own_number
-            x = F.leaky_relu(together(torch.cat([neighbors, own], 1)))
+            x = self._layer(layer, around, x, own_number)
         return x
+
+    @torch.no_grad()
+    def fold_in(
+        self, graph: SparseMatrix, numbers: Tensor, edges: SparseMatrix, *, zeroed: bool = False
+    ) -> Tensor:
+        """Returns users outside the graph as the modality shows them; shape [B, d].
+
+        Args:
+            graph: As in `forward`.
+            numbers: As in `forward`.
+            edges: The mean over the items of each user; shape [B, I].
+            zeroed: As in `forward`.
+        """
+        x = self._first(zeroed)
+        new = x.new_zeros(edges.shape[0], x.shape[1])
+        nobody = numbers.new_zeros(())
+        for layer in range(len(self.together)):
+            around = edges(x[len(x) - edges.shape[1] :])
+            new, x = self._layer(layer, around, new, nobody), self._layer(layer, graph(x), x, numbers)
+        return new
+
+    def _first(self, zeroed: bool) -> Tensor:
+        return F.normalize(torch.cat([self.preferences.weight, self.projection(zeroed=zeroed)]))
+
+    def _layer(self, layer: int, around: Tensor, x: Tensor, numbers: Tensor) -> Tensor:
+        """One convolution of nodes x [N, .] with the means over their neighbors and their numbers [N, d]."""
+        neighbors = F.leaky_relu(self.of_neighbors[layer](around))
+        own = F.leaky_relu(self.of_own[layer](x)) + numbers
+        return F.leaky_relu(self.together[layer](torch.cat([neighbors, own], 1)))

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
 
 from recllm.rankers.batches import Batch, Examples
@@ -105,13 +106,33 @@ class SequenceRanker(Ranker):
 
 
 class PairRanker(Ranker):
-    """A ranker of items for a known user."""
+    """A ranker of items for a known user.
+
+    Attributes:
+        folds_in: Whether `fold_in` gives vectors to users whom training did not know.
+    """
 
     examples = "pairs"
     losses = ("bpr",)
+    folds_in: ClassVar[bool] = False
 
     def vectors(self, *, without: Without = ()) -> tuple[Tensor, Tensor]:
         """Returns the vectors of all users [U, D] and of all items [I, D], by code."""
+        raise NotImplementedError
+
+    def fold_in(self, interactions: sparse.csr_array, *, without: Without = ()) -> Tensor:
+        """Returns vectors of users whom training did not know, from what is known of them by now.
+
+        Items without a training interaction say nothing of a user: their rows were not trained. A user with
+        no other items gets 0.
+
+        Args:
+            interactions: 1 where a user has interacted with an item; shape [B, I].
+            without: As everywhere.
+
+        Returns:
+            Shape [B, D].
+        """
         raise NotImplementedError
 
 

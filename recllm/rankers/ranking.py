@@ -1,6 +1,7 @@
 """A ranker's scores for lists: of the whole catalog, and of candidate files.
 
-A user of whom nothing may be known by then (no history; for a ranker of pairs, no training interaction) gets
+A ranker of pairs that can do so folds users in whom training did not know (see `PairRanker.fold_in`). A user
+of whom nothing may be known by then (no history; for other rankers of pairs, no training interaction) gets
 equal scores for all items, a tie that metrics count as what it is worth (ours; others rank by chance or by
 untrained vectors).
 """
@@ -14,12 +15,16 @@ from typing import Any
 import numpy as np
 import polars as pl
 import torch
+from scipy import sparse
 from torch import Tensor
 
 from recllm.data.candidates import FullRanking
 from recllm.data.splits import HeldOut, Split
+from recllm.errors import DataError
+from recllm.graphs.propagation import interaction_matrix
+from recllm.rankers import RANKERS, ranker_class
 from recllm.rankers.batches import history_batch
-from recllm.rankers.ranker import Ranker, SequenceRanker
+from recllm.rankers.ranker import PairRanker, Ranker, SequenceRanker
 from recllm.rankers.training_data import Histories, TrainingData
 from recllm.retrieval.profiles import codes_of
 
@@ -58,6 +63,10 @@ class UserStates:
             known = np.zeros(data.n_users, dtype=bool)
             known[data.train.users] = True
             self.states = vectors[codes] * torch.from_numpy(known[users]).to(device)[:, None]
+            if ranker.folds_in and not known[users].all():
+                unknown = np.flatnonzero(~known[users])
+                folded = ranker.fold_in(_interactions(histories, users[unknown], data.n_items))
+                self.states[torch.from_numpy(unknown).to(device)] = folded
 
     def for_ranking(self) -> Any:
         """Returns what `rank_catalog` takes: tables whose inner products are scores, or a function."""
@@ -116,10 +125,48 @@ def _states(
     return whole * batch.known.any(1, keepdim=True)
 
 
+def _interactions(histories: Histories, users: np.ndarray, n_items: int) -> sparse.csr_array:
+    """Returns 1 where a user is known to have interacted with an item; float32, shape [users, items]."""
+    if not len(histories):
+        return sparse.csr_array((len(users), n_items), dtype=np.float32)
+    at = np.minimum(np.searchsorted(histories.users, users), len(histories) - 1)
+    counts = np.where(histories.users[at] == users, np.diff(histories.offsets)[at], 0)
+    ends = np.cumsum(counts)
+    places = np.repeat(histories.offsets[:-1][at] - (ends - counts), counts) + np.arange(counts.sum())
+    owner = np.repeat(np.arange(len(users)), counts)
+    distinct = np.unique(owner * n_items + (histories.items[places].astype(np.int64) - 1))
+    return interaction_matrix(distinct // n_items, distinct % n_items, len(users), n_items)
+
+
+def check_users_are_served(kind: type[Ranker], split: Split, part: HeldOut) -> None:
+    """Checks that a ranker can tell at least one user of a part from another, before anything is trained.
+
+    Raises:
+        DataError: It knows users by a row of a table alone, and none of them has a training interaction.
+    """
+    if not issubclass(kind, PairRanker) or kind.folds_in:
+        return
+    codes = split.dataset.user_codes
+    asked = np.unique(codes[split.rows(part, targets=True)])
+    if not np.isin(asked, codes[split.rows("train")]).any():
+        able = [name for name in RANKERS if getattr(ranker_class(name), "folds_in", False)]
+        raise DataError(
+            f"{split.folder}: none of the {len(asked):,} users with a {part} target has a training "
+            f"interaction ({split.protocol}), and {kind.__name__} knows a user only by a row of a table that "
+            f"these train. Take a ranker that folds users in from their history ({', '.join(able)}), a "
+            "ranker of sequences (sasrec and others), or a split with each user in training (loo, ratio)"
+        )
+
+
 def user_states(
     ranker: Ranker, data: TrainingData, split: Split, part: HeldOut, users: np.ndarray
 ) -> UserStates:
-    """Returns the states of users before the targets of a part; the test file is opened for `test` only."""
+    """Returns the states of users before the targets of a part; the test file is opened for `test` only.
+
+    Raises:
+        DataError: As `check_users_are_served`.
+    """
+    check_users_are_served(type(ranker), split, part)
     return UserStates(ranker, data, data.known_before(split, part), users.astype(np.int64))
 
 

@@ -19,6 +19,7 @@ from recllm.rankers.features import Features, image_features, text_features
 from recllm.rankers.fit import Fitted, seed_weights
 from recllm.rankers.options import TrainRankerOptions, options_class
 from recllm.rankers.ranker import PairRanker, Ranker
+from recllm.rankers.ranking import check_users_are_served
 from recllm.rankers.saving import LAST, load_weights
 from recllm.rankers.training_data import TrainingData
 from recllm.runs import describe_run
@@ -53,6 +54,7 @@ def open_run(options: TrainRankerOptions) -> RankerRun:
     options.check(ranker_class(options.ranker), len(split.dataset.items))
     options.config()
     _check_order_is_used(options)
+    check_users_are_served(ranker_class(options.ranker), split, "valid")
     if rank() == 0:  # the first to come makes what is kept: embeddings, visual store, sequences
         data = TrainingData.of(split, read_modalities(options, split))
         for name, each in data.features.items():

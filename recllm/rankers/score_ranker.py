@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.evaluation.full_ranking import rank_catalog
+from recllm.evaluation.ranks import refuse_equal_scores
 from recllm.files import write_file
 from recllm.retrieval.score_files import check_absent, check_top_k, check_word, tell_stage
 
@@ -56,8 +57,8 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
     """Writes a ranker's scores or rank records, and returns the file.
 
     Raises:
-        DataError: The run, its split or its features are missing or others than in training, or a file
-            exists.
+        DataError: The run, its split or its features are missing or others than in training, a file exists,
+            or the ranker scores all candidates alike.
     """
     from recllm.rankers.ranking import score_candidates, user_states
     from recllm.rankers.run_folder import load_run
@@ -92,6 +93,7 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
         return path
     candidates = read_candidates(run.split, options.candidates, options.part)
     scored = score_candidates(ranker, run.data, run.split, options.part, candidates.frame)
+    refuse_equal_scores(candidates.frame, scored, system, path)
     metadata = {"recllm.protocol": candidates.protocol, "recllm.system": system}
     write_file(path, lambda temporary: scored.write_parquet(temporary, metadata=metadata))
     print(f"{path}: scores; next: recllm eval ranks {path} --candidates {candidates.path}")

@@ -22,7 +22,8 @@ The fusion is a product of two spectra, so both modalities are needed. Without a
 v_m = 0, and S_f is the graph of the other. An item without a modality has x_m = 0 and no edges in S_m.
 Raw features stay frozen (the release trains a copy of them, which its graphs do not follow).
 Q_m is two linear maps with a tanh between.
-Ours: negative cosines are no edges; the learning rate is constant (in the release it falls by 4 % every 50
+Ours: a user whom training did not know has e as in `lightgcn` and v from a row of R~ of its own, and s from
+these; negative cosines are no edges; the learning rate is constant (in the release it falls by 4 % every 50
 epochs), and the recipe's is 5e-3: at 1e-3 it stayed at chance on MovieLens for 22 epochs, as long as the
 contrast had a part; the likely reason is that short vectors get more gradient from it than from BPR.
 """
@@ -42,9 +43,12 @@ from recllm.graphs.propagation import (
     SparseMatrix,
     bipartite,
     degree_normalized,
+    fold_in,
     interaction_matrix,
     mean_of_layers,
+    symmetric_edges,
     symmetric_normalized,
+    trained_only,
 )
 from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import codes_of, compare, penalty, xavier_table
@@ -82,6 +86,7 @@ class SMORE(PairRanker):
     """LightGCN, plus three views of the items' content: text, image and the fusion of their spectra."""
 
     Config: ClassVar[type] = SMOREConfig
+    folds_in = True
     modalities = MODALITIES
     modality_parts: ClassVar = {"text": ("text",), "image": ("image",)}
 
@@ -101,12 +106,22 @@ class SMORE(PairRanker):
         touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
         self.graph = SparseMatrix(symmetric_normalized(bipartite(touched)))
         self.of_users = SparseMatrix(degree_normalized(touched))
+        self._degrees = touched.sum(0)
 
     def vectors(self, *, without: Without = ()) -> tuple[Tensor, Tensor]:
         """Returns the vectors of users [U, d] and of items [I, d]."""
         behavior, *views = self._behavior_and_views(without)
         both = behavior + self._side(behavior, *views)
         return both[: len(self.users.weight)], both[len(self.users.weight) :]
+
+    def fold_in(self, interactions: sparse.csr_array, *, without: Without = ()) -> Tensor:
+        """Returns the vectors of users outside the graph of interactions; shape [B, d]."""
+        users, items = self.users.weight, self.items.weight
+        edges = SparseMatrix(symmetric_edges(trained_only(interactions, self._degrees), self._degrees))
+        edges = edges.to(items.device)
+        _, *views = self._behavior_and_views(without)
+        behavior = fold_in(self.graph, users, items, self.config.layers, edges)
+        return behavior + self._side(behavior, *(edges(view[len(users) :]) for view in views))
 
     def _behavior_and_views(self, without: Without) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Returns e, v_text, v_image and v_f, users first; each [U + I, d]."""

@@ -21,6 +21,7 @@ from recllm.evaluation import (
     rank_score_matrix,
     top_k,
 )
+from recllm.evaluation.inputs import Candidates, read_system
 
 
 def frame(records: RankRecords) -> pl.DataFrame:
@@ -362,3 +363,41 @@ def test_repeated_users_own_several_lists_or_are_refused():
         rank_score_matrix(scores, np.ones((3, 2)), users=["a", "a", "b"])
     with pytest.raises(DataError, match="repeats"):
         rank_full(scores, csr([[0]] * 3), 2, users=["a", "a", "b"])
+
+
+LISTS = pl.DataFrame(
+    {"user": ["a", "a", "b", "b", "c"], "item": ["1", "2", "1", "3", "2"], "label": [1, 0, 0, 1, 1]}
+)
+"""Two lists of two candidates, and one of one."""
+
+
+def test_a_result_whose_scores_all_tie_is_an_error(tmp_path):
+    """It has an AUC of exactly .5, which a table would show as a finding."""
+    path = tmp_path / "candidates.parquet"
+    LISTS.write_parquet(path)
+    flat = LISTS.select("user", "item", score=pl.Series([2.0, 2.0, 5.0, 5.0, 1.0]))  # alike within each list
+    records = rank_candidates(LISTS, flat, system="flat")
+    assert records.all_tied
+    with pytest.raises(DataError, match=r"flat\.parquet was not written: 'flat' scores all candidates alike"):
+        records.save(tmp_path / "flat.parquet")
+    assert not (tmp_path / "flat.parquet").exists()
+
+    flat.write_parquet(tmp_path / "scores.parquet")
+    with pytest.raises(DataError, match=r"scores\.parquet: 'scores' scores all .* in each of 3 lists"):
+        read_system(tmp_path / "scores.parquet", Candidates.read(path))
+    replace(records, above=np.array([1, 0, 0]), tied=np.ones(3, int)).save(tmp_path / "ranks.parquet")
+    written = pl.read_parquet(tmp_path / "ranks.parquet").with_columns(above=0, tied="n")
+    metadata = pl.read_parquet_metadata(tmp_path / "ranks.parquet")
+    written.write_parquet(tmp_path / "ranks.parquet", metadata=metadata)
+    with pytest.raises(DataError, match=r"ranks\.parquet: 'flat' scores all"):
+        read_system(tmp_path / "ranks.parquet")
+
+
+def test_some_ties_and_lists_of_one_candidate_are_results(tmp_path):
+    one_differs = LISTS.select("user", "item", score=pl.Series([2.0, 2.0, 5.0, 5.5, 1.0]))
+    rank_candidates(LISTS, one_differs).save(tmp_path / "one.parquet")
+    single = LISTS.tail(1)
+    records = rank_candidates(single, single.select("user", "item", score=pl.lit(1.0)))
+    assert not records.all_tied
+    records.save(tmp_path / "single.parquet")
+    assert len(read_system(tmp_path / "single.parquet").records) == 1

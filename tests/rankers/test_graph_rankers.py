@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from torch.nn import functional as F
 
 from recllm.rankers import ranker_class
@@ -185,3 +186,112 @@ def test_users_and_items_without_interactions_are_finite(name):
     assert users.isfinite().all() and items.isfinite().all()
     model.loss(BATCH, BPR).backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+FOLDING = [name for name in NAMES if ranker_class(name).folds_in]
+NEW_USERS = ([1, 2, 4], [3], [ITEMS], [2, ITEMS])
+"""Known items, by number, of users outside the graph; nobody has the first and the last in training."""
+
+
+def outside(rows=NEW_USERS) -> sparse.csr_array:
+    marks = np.zeros((len(rows), ITEMS), np.float32)
+    for place, row in enumerate(rows):
+        marks[place, np.array(row) - 1] = 1
+    return sparse.csr_array(marks)
+
+
+def test_rankers_that_have_more_than_a_table_fold_users_in():
+    assert FOLDING == ["lightgcn", "mmgcn", "lattice", "freedom", "smore"]
+
+
+@pytest.mark.parametrize("name", FOLDING)
+def test_a_user_outside_reads_the_graph_and_changes_nobody(name):
+    """As a user of the graph would be, whose own row is 0, if its items did not hear of it."""
+    model = made(name).eval()
+    before = [each.clone() for each in model.vectors()]
+    with torch.no_grad():
+        found = model.fold_in(outside())
+    assert found.shape == (len(NEW_USERS), before[0].shape[1]) and found.isfinite().all()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.vectors(), strict=True))
+    assert found[0].abs().max() > 0 and not torch.allclose(found[0], found[1])
+    assert not found[2].any()  # an item that nobody trained with says nothing
+    with torch.no_grad():
+        alone = model.fold_in(outside(([2],)))
+    torch.testing.assert_close(found[3], alone[0], rtol=1e-5, atol=1e-7)
+    for without in model.modalities:
+        with torch.no_grad():
+            assert model.fold_in(outside(), without=(without,)).isfinite().all()
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("name", ["lightgcn", "freedom", "lattice"])
+def test_folding_in_equals_dense_propagation_with_directed_edges(name, layers):
+    model = made(name, layers=layers).eval()
+    pairs, rows = touched(), outside().todense() * (touched().sum(0) > 0)
+    degrees = np.maximum(pairs.sum(0), 1)
+    weights = rows / np.sqrt(np.maximum(rows.sum(1, keepdims=True), 1) * degrees)
+    inner, own = symmetric(adjacency(pairs)), np.zeros(len(rows))
+    if name == "lattice":
+        with_self = adjacency(pairs) + np.eye(USERS + ITEMS)
+        inner, own = with_self / with_self.sum(1, keepdims=True), 1 / (rows.sum(1) + 1)
+        weights = rows * own[:, None]
+    nodes = USERS + ITEMS
+    whole = np.zeros((nodes + len(rows),) * 2)  # new users read, and nothing reads them
+    whole[:nodes, :nodes] = inner
+    whole[nodes:, USERS:nodes] = weights
+    whole[nodes:, nodes:] = np.diag(own)
+    layer = np.concatenate([array(model.users.weight), array(model.items.weight), np.zeros((len(rows), 4))])
+    total = layer.copy()
+    for _ in range(layers):
+        layer = whole @ layer
+        total += layer
+    with torch.no_grad():
+        found = model.fold_in(outside())
+    np.testing.assert_allclose(found.numpy(), total[nodes:] / (layers + 1), rtol=1e-4, atol=1e-6)
+
+
+def test_mmgcn_folds_in_by_message_passing():
+    model = made("mmgcn").eval()
+    with torch.no_grad():
+        users, items = (each.weight.clone() for each in (model.users, model.items))
+        expected = 0
+        for name in model.modalities:
+            part = model.get_submodule(name)
+            x = torch.nn.functional.normalize(torch.cat([part.preferences.weight, part.projection()]))
+            mean = torch.from_numpy(adjacency(touched())).float()
+            mean = mean / mean.sum(1, keepdim=True).clamp(min=1)
+            new = torch.zeros(x.shape[1])
+            for layer in range(len(part.together)):
+                act = torch.nn.functional.leaky_relu
+                heard = act(part.of_neighbors[layer](x[USERS:][[1, 3]].mean(0)))
+                around = act(part.of_neighbors[layer](mean @ x))
+                own = act(part.of_own[layer](x)) + torch.cat([users, items])
+                of_new = act(part.of_own[layer](new))
+                x = act(part.together[layer](torch.cat([around, own], 1)))
+                new = act(part.together[layer](torch.cat([heard, of_new])))
+            expected = expected + new / len(model.modalities)
+        torch.testing.assert_close(model.fold_in(outside())[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_smore_folds_in_by_the_same_equations():
+    """A user of the graph whose own row is 0 and whose items hear nothing of it."""
+    model = made("smore").eval()
+    user = 2
+    with torch.no_grad():
+        row = touched()[user]
+        known = outside(([*(np.flatnonzero(row) + 1)],))
+        views = model._behavior_and_views(())[1:]
+        found = model.fold_in(known)
+        behavior = fold_in_by_hand(model, row)
+        side = model._side(behavior[None], *(view[user][None] for view in views))
+        torch.testing.assert_close(found, behavior + side, rtol=1e-4, atol=1e-6)
+
+
+def fold_in_by_hand(model, row: np.ndarray) -> torch.Tensor:
+    layer = np.concatenate([array(model.users.weight), array(model.items.weight)])
+    weights = row / np.sqrt(row.sum() * np.maximum(touched().sum(0), 1))
+    total = 0
+    for _ in range(model.config.layers):
+        total = total + weights @ layer[USERS:]
+        layer = symmetric(adjacency(touched())) @ layer
+    return torch.from_numpy(total / (model.config.layers + 1)).float()

@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from recllm.cli import main as recllm_main
 from recllm.config import parse_config, run_command
@@ -30,12 +30,16 @@ from recllm.data.candidates import CandidateOptions, full_ranking, make_candidat
 from recllm.data.dataset import Dataset, write_dataset
 from recllm.data.splits import Split, SplitOptions, make_split
 from recllm.errors import DataError
+from recllm.evaluation.inputs import Candidates, read_system
+from recllm.evaluation.metrics import compute_metrics
 from recllm.evaluation.ranks import RankRecords
 from recllm.files import read_json, write_json
 from recllm.rankers import RANKERS, ranker_class
+from recllm.rankers.fit import FitOptions, fit, seed_weights
 from recllm.rankers.options import TrainRankerOptions, class_of_arguments, options_class
 from recllm.rankers.ranking import some_lists, user_states
 from recllm.rankers.run_folder import begin_run, load_run, open_run
+from recllm.rankers.training_data import TrainingData
 from recllm.recipe_files import recipe_names, recipe_path
 from tests.training.ports import free_port
 
@@ -273,6 +277,60 @@ def test_a_graph_ranker_knows_at_test_time_what_sequence_rankers_know(split: Spl
         row = items @ users[ranking.users[place]]
         row[ranking.masked[ranking.masked_offsets[place] : ranking.masked_offsets[place + 1]]] = -torch.inf
         assert told[1][place] == (row > row[ranking.positives[place]]).sum()
+
+
+@pytest.fixture(scope="module")
+def split_by_user(split: Split) -> Split:
+    """Whole users are held out, so that no validation or test user has a training interaction."""
+    made = make_split(split.dataset, SplitOptions(split.dataset.folder, "users"))
+    make_candidates(made, CandidateOptions(made.folder, negatives=10))
+    return made
+
+
+@pytest.mark.parametrize("ranker", ["bpr", "vbpr"])
+def test_rankers_that_cannot_know_held_out_users_are_refused(split_by_user: Split, ranker: str, tmp_path):
+    """They gave every item the same score and reported an AUC of .5 with best epoch 1."""
+    done = train(split_by_user, tmp_path / "run", ranker=ranker)
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "none of the 6 users with a valid target has a training interaction" in done.stderr
+    assert "users-8:1:1" in done.stderr and "lightgcn" in done.stderr and "bpr," not in done.stderr
+
+
+def test_a_graph_ranker_folds_held_out_users_in(split_by_user: Split, tmp_path: Path):
+    """Item i is followed by i + 1, so that the history of a held-out user says where the target is near."""
+    run = tmp_path / "lightgcn"
+    done = train(split_by_user, run, "--epochs", "30", "--regularization", "0", ranker="lightgcn")
+    assert done.returncode == 0, done.stderr
+    lists = "1+10-uniform-seed42"
+    recllm_main(["score", "ranker", str(run), "--candidates", lists, "--out", str(tmp_path)])
+    recllm_main(["score", "ranker", str(run), "--out", str(tmp_path)])
+    candidates = Candidates.read(split_by_user.folder / "candidates" / lists / "test.parquet")
+    scored = read_system(tmp_path / "scores" / "lightgcn.parquet", candidates).records
+    ranked = RankRecords.load(tmp_path / "ranks" / "lightgcn.parquet")
+    assert (scored.tied == 1).all() and (ranked.tied == 1).all()
+    assert compute_metrics(scored, names=["auc"]).mean()["auc"] > 0.75
+    assert not ranked.all_tied
+
+
+def test_a_result_whose_scores_all_tie_is_an_error(split: Split, trained: Path, tmp_path: Path):
+    """In validation, in scores and in rank records: it would be reported as chance."""
+    data = TrainingData.of(split)
+    seed_weights(1)
+    ranker = ranker_class("sasrec")(data, ranker_class("sasrec").Config(width=16))
+    torch.nn.init.zeros_(ranker.items.weight)
+    ranker.items.weight.requires_grad_(False)
+    with pytest.raises(DataError, match=r"SASRec scores all items alike in each of the 60 validation lists"):
+        fit(ranker, data, split, FitOptions(epochs=2, batch_size=16))
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    tensors = load_file(run / "model.safetensors")
+    tensors["items.weight"].zero_()
+    save_file(tensors, run / "model.safetensors")
+    for flags in ([], ["--candidates", "1+10-uniform-seed42"]):
+        with pytest.raises(SystemExit):
+            recllm_main(["score", "ranker", str(run), *flags, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
 
 
 def known_pairs(ranker: torch.nn.Module) -> set[tuple[int, int]]:
