@@ -91,7 +91,8 @@ def blocked_cross_entropy(states: Tensor, items: Tensor, targets: Tensor, block:
     """Mean cross-entropy of inner products over all items, at most about `block` of them at a time.
 
     Loss and gradients are computed tile by tile in the forward pass: neither the [N, I] scores nor their
-    softmax is ever whole, and nothing of them is kept for the backward pass.
+    softmax is ever whole, and nothing of them is kept for the backward pass. Where no gradient can be asked
+    for (`torch.no_grad`, inputs without gradients), none is computed.
 
     Args:
         states: Shape [N, D].
@@ -99,14 +100,15 @@ def blocked_cross_entropy(states: Tensor, items: Tensor, targets: Tensor, block:
         targets: Item codes; int64, shape [N].
         block: Scores held at a time.
     """
-    return _BlockedCrossEntropy.apply(states, items, targets, block)
+    wanted = torch.is_grad_enabled() and (states.requires_grad or items.requires_grad)
+    return _BlockedCrossEntropy.apply(states, items, targets, block, wanted)
 
 
 class _BlockedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, items: Tensor, targets: Tensor, block: int) -> Tensor:
-        wanted = any(ctx.needs_input_grad[:2])
-        grad_states, grad_items = torch.zeros_like(states), torch.zeros_like(items)
+    def forward(ctx: Any, states: Tensor, items: Tensor, targets: Tensor, block: int, wanted: bool) -> Tensor:
+        if wanted:
+            grad_states, grad_items = torch.zeros_like(states), torch.zeros_like(items)
         loss = states.new_zeros(())
         rows = max(block // len(items), 1)
         one_tile_wide = rows >= min(64, len(states))
@@ -137,17 +139,24 @@ class _BlockedCrossEntropy(torch.autograd.Function):
         if wanted:
             grad_states -= items[targets]
             grad_items.index_add_(0, targets, states, alpha=-1)
-        ctx.gradients = grad_states, grad_items
+            ctx.gradients = grad_states, grad_items
         ctx.count = max(len(states), 1)
         return loss / ctx.count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "the gradients of this cross-entropy were freed by the first backward pass; give "
+                "retain_graph=True to all but the last one, as for any other loss in PyTorch"
+            )
         grad_states, grad_items = ctx.gradients
-        ctx.gradients = None  # scaled where they are: another gradient of the catalog would be a whole table
         scale = upstream / ctx.count
-        return grad_states.mul_(scale), grad_items.mul_(scale), None, None
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            return grad_states * scale, grad_items * scale, None, None, None
+        ctx.gradients = None  # scaled where they are: another gradient of the catalog would be a whole table
+        return grad_states.mul_(scale), grad_items.mul_(scale), None, None, None
 
 
 def _normalizer(state: Tensor, items: Tensor, columns: int) -> Tensor:

@@ -28,6 +28,7 @@ from recllm.evaluation import compute_metrics, rank_catalog
 from recllm.journal import Journal
 from recllm.rankers.batches import Batch, Epochs
 from recllm.rankers.criteria import BLOCK, Criterion, Loss
+from recllm.rankers.launching import check_launch, check_precision
 from recllm.rankers.ranker import Ranker
 from recllm.rankers.ranking import UserStates, check_users_are_served, some_lists
 from recllm.rankers.saving import RunState, load_state, save_ranker, save_state
@@ -168,15 +169,18 @@ def fit(
 
     Raises:
         DataError: An option does not fit the ranker, the ranker cannot know any user of the validation lists,
-            scores all items alike, or the loss is no longer a number.
+            scores all items alike, or the loss is no longer a number; or the launch is one that rankers
+            cannot be trained under.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     options.check(type(ranker), data.n_items)
+    check_launch()
     check_users_are_served(type(ranker), split, "valid")
     alike = DistributedDataParallelKwargs(broadcast_buffers=False)  # every process makes them from one seed
     on_cpu = not torch.accelerator.is_available()  # unsaid, several processes on CPUs would stay alone
     accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[alike])
+    check_precision(accelerator.mixed_precision)  # also set by an Accelerator that was made before this one
     rank, processes = accelerator.process_index, accelerator.num_processes
     if options.batch_size < processes:
         raise DataError(

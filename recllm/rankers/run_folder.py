@@ -17,6 +17,7 @@ from recllm.rankers import ranker_class
 from recllm.rankers.feature_order import needs_order
 from recllm.rankers.features import Features, image_features, text_features
 from recllm.rankers.fit import Fitted, seed_weights
+from recllm.rankers.launching import check_launch
 from recllm.rankers.options import TrainRankerOptions, options_class
 from recllm.rankers.ranker import PairRanker, Ranker
 from recllm.rankers.ranking import check_users_are_served
@@ -46,6 +47,7 @@ def open_run(options: TrainRankerOptions) -> RankerRun:
         DataError: The folder is there and neither --resume nor --overwrite was given, it is no run's, or its
             run had other settings or data; the split or a feature is missing.
     """
+    check_launch()
     if options.split is None:
         raise DataError("--split is missing: give DATASET/splits/NAME, made by `recllm data split`")
     path = options.out or Path("runs") / options.ranker

@@ -347,6 +347,11 @@ def test_the_hugging_face_metric_loads_offline(tmp_path):
         "\nwanted = {'hr@1': 0.75, 'ndcg@1': 0.75, 'auc': 0.75, 'pooled_auc': 0.875, 'tie_rate': 0.5}"
         "\nassert wanted.items() <= found.items(), found"
         "\nassert 'hr@5' in ranking.compute(predictions=[1.0, 0.0], references=[1, 0], queries=['a', 'a'])"
+        "\nimport numpy as np"
+        "\nrows = dict(predictions=[0.9, 0.1, 0.4, 0.4], references=[1, 0, 1, 0])"
+        "\nfor queries in ([7, 7, 1, 1], np.array([7, 7, 1, 1]), np.array([7, 7, 1, 1], np.int32)):"
+        "\n    for ks in (1, np.int64(1), [1]):"
+        "\n        assert ranking.compute(**rows, queries=queries, ks=ks) == found, (queries, ks)"
     )
     (tmp_path / "example.py").write_text(script)
     done = run("example.py", cwd=tmp_path, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hub"))

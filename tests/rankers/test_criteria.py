@@ -103,13 +103,46 @@ def test_gradients_are_made_only_for_what_needs_them():
     assert states.grad.any() and vectors.grad is None
 
 
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+@pytest.mark.parametrize("block", [64, 20_000])
+def test_cross_entropy_goes_backward_twice_where_the_graph_is_retained(block):
+    states, vectors, targets = problem(9, 37)
+    states.requires_grad_(), vectors.requires_grad_()
+    inputs = (states, vectors)
+    expected = torch.autograd.grad(F.cross_entropy(states @ vectors.T, targets), inputs)
+    loss = blocked_cross_entropy(states, vectors, targets, block)
+    first = torch.autograd.grad(loss, inputs, retain_graph=True)
+    second = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    third = torch.autograd.grad(loss, inputs)
+    for one, two, three, reference in zip(first, second, third, expected, strict=True):
+        torch.testing.assert_close(one, reference)
+        torch.testing.assert_close(two, 3 * reference)
+        torch.testing.assert_close(three, reference)
+    with pytest.raises(RuntimeError, match="retain_graph=True"):
+        loss.backward()
 
-    elements = 0
+
+@pytest.mark.parametrize("block", [64, 20_000])
+def test_no_gradient_is_computed_where_none_can_be_asked_for(block):
+    """Losses on held-out data are computed under no_grad, of parameters that require gradients."""
+    states, vectors, targets = problem(9, 37)
+    expected = F.cross_entropy(states @ vectors.T, targets)
+    states.requires_grad_(), vectors.requires_grad_()
+    with torch.no_grad(), Largest() as seen:
+        value = blocked_cross_entropy(states, vectors, targets, block)
+    assert torch.allclose(value, expected) and not value.requires_grad
+    assert not seen.names & {"addmm_", "addmm", "index_add_", "zeros_like"}
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes, and the names of the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements, self.names = 0, set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
+        self.names.add(func.overloadpacket.__name__)
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor):
                 self.elements = max(self.elements, tensor.numel())

@@ -457,6 +457,48 @@ def test_unisrec_reads_what_it_is_told_to(split: Split, tmp_path: Path):
         assert set(load_run(out)[1].data.features) == set(modalities)
 
 
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed precision fp16"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "4 gradient accumulation steps"),
+    ],
+)
+def test_launches_that_rankers_cannot_be_trained_under_are_refused_first(
+    split: Split, environment: dict, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = train(split, tmp_path / "run", "--text", "nowhere", ranker="unisrec")  # which is not looked for
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert message in done.stderr and "Traceback" not in done.stderr
+    data = TrainingData.of(split)
+    with pytest.raises(DataError, match=message):
+        fit(ranker_class("bert4rec")(data), data, split, FitOptions(epochs=1))
+
+
+def test_zero_is_refused_in_a_line(split: Split, tmp_path: Path):
+    """`accelerate launch --config_file recipes/launch/zero2.yaml` ended in a traceback of accelerate's."""
+    pytest.importorskip("deepspeed")
+    launcher = [str(Path(sys.executable).with_name("accelerate")), "launch"]
+    launcher += ["--config_file", "recipes/launch/zero2.yaml", "--num_processes", "1"]
+    launcher += ["--main_process_port", str(free_port())]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*launcher, SCRIPT, *recipe(split, tmp_path / "run")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
+    assert "error: rankers are not trained with DeepSpeed" in done.stderr
+
+
 def test_damaged_weights_and_foreign_folders_are_refused(split: Split, trained: Path, tmp_path: Path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)

@@ -4,6 +4,8 @@ metric = evaluate.load("<repo>/eval/metrics/ranking")
 metric.compute(predictions=scores, references=labels, queries=users, ks=[5, 10])
 """
 
+from numbers import Integral
+
 import datasets
 import evaluate
 import polars as pl
@@ -18,8 +20,8 @@ _INPUTS = """
 Args:
     predictions: one finite score per row, higher is better.
     references: 1 for a positive, 0 for a negative.
-    queries: the list (user) that each row belongs to; a list needs at least one positive.
-    ks: cutoffs, 5, 10 and 20 when not given.
+    queries: the list (user) that each row belongs to, text or integers; a list needs at least one positive.
+    ks: cutoffs, 5, 10 and 20 when not given; one number for one cutoff.
 Returns:
     A dictionary of floats: the means over lists, `pooled_auc` and `tie_rate`. AUC without negatives is NaN.
 """
@@ -29,12 +31,16 @@ class Ranking(evaluate.Metric):
     """One row per candidate; the order of the rows does not matter."""
 
     def _info(self) -> evaluate.MetricInfo:
-        kinds = {"predictions": "float64", "references": "int8", "queries": "string"}
+        kinds = {"predictions": "float64", "references": "int8"}
+        formats = [{**kinds, "queries": queries} for queries in ("string", "int64")]
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
             inputs_description=_INPUTS,
-            features=datasets.Features({name: datasets.Value(kind) for name, kind in kinds.items()}),
+            features=[
+                datasets.Features({name: datasets.Value(kind) for name, kind in each.items()})
+                for each in formats
+            ],
         )
 
     def _compute(self, predictions, references, queries, ks=(5, 10, 20)) -> dict[str, float]:
@@ -42,7 +48,7 @@ class Ranking(evaluate.Metric):
             "item"
         )
         records = rank_candidates(rows.drop("score"), rows.drop("label"))
-        metrics = compute_metrics(records, ks)
+        metrics = compute_metrics(records, (ks,) if isinstance(ks, Integral) else ks)
         both = 0 < sum(references) < len(references)
         pooled = pooled_auc(rows["score"].to_numpy(), rows["label"].to_numpy()) if both else float("nan")
         return {**metrics.mean(), "pooled_auc": pooled, "tie_rate": metrics.tie_rate}
