@@ -11,7 +11,9 @@ that no interaction goes unused (ours; the papers take the latest window alone).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -153,19 +155,38 @@ class Epochs:
         """
         random = np.random.default_rng([self._seed, number])
         order = random.permutation(self.count)
-        rank, processes = self._part
-        for at in range(0, self.count, self._batch_size):
-            chosen = order[at : at + self._batch_size]
-            drawn = random.integers(2**63)  # of each batch alike, whichever rows this process takes
-            if len(chosen) < processes:
-                continue
-            batch, targets = self._batch(chosen, np.random.default_rng(int(drawn)))
-            own = slice(rank, None, processes)
-            share = targets[own].sum() / targets.sum() * processes
-            yield _to(batch.rows(own) if processes > 1 else batch, device), float(share)
+        with ThreadPoolExecutor(1) as pool:  # the next batch is made while a step is computed
+            waiting: Future[tuple[Batch, float]] | None = None
+            for at in range(0, self.count, self._batch_size):
+                chosen = order[at : at + self._batch_size]
+                drawn = int(random.integers(2**63))  # of each batch alike, whichever rows this process takes
+                if len(chosen) < self._part[1]:
+                    continue
+                upcoming = pool.submit(self._own_rows, chosen, drawn)
+                if waiting is not None:
+                    batch, share = waiting.result()
+                    yield _to(batch, device), share
+                waiting = upcoming
+            if waiting is not None:
+                batch, share = waiting.result()
+                yield _to(batch, device), share
 
-    def _batch(self, chosen: np.ndarray, random: np.random.Generator) -> tuple[Batch, np.ndarray]:
-        """The batch, and how many targets each row has."""
+    def _own_rows(self, chosen: np.ndarray, seed: int) -> tuple[Batch, float]:
+        """This process's rows of a batch, and the weight of the mean of their losses."""
+        rank, processes = self._part
+        places = np.arange(rank, len(chosen), processes)
+        targets = self._targets_of(chosen)
+        share = targets[places].sum() / targets.sum() * processes
+        return self._batch(chosen[places], places, seed), float(share)
+
+    def _targets_of(self, chosen: np.ndarray) -> np.ndarray:
+        """How many targets each example has; int64, shape [B]."""
+        if self._examples in ("pairs", "next"):
+            return np.ones(len(chosen), dtype=np.int64)
+        return self._stop[chosen] - self._start[chosen] - (self._examples == "positions")
+
+    def _batch(self, chosen: np.ndarray, places: np.ndarray, seed: int) -> Batch:
+        """Examples as a batch; `places` are where they stand in the batch of all processes."""
         if self._examples == "pairs":
             users, targets = self._users[chosen], self._items[chosen, None] + 1
             items, days = np.zeros((len(chosen), 0), np.int64), None
@@ -173,9 +194,9 @@ class Epochs:
             users, items, days, targets = self._windows_of(chosen)
         negatives = None
         if self._sampler is not None:
-            negatives = self._sampler.draw(users, (targets.shape[1], self._negatives), random) + 1
-        batch = Batch(*(_tensor(each) for each in (users, items, days, targets, negatives)))
-        return batch, (targets > 0).sum(1)
+            shape = targets.shape[1], self._negatives
+            negatives = self._sampler.draw(users, shape, seed, places) + 1
+        return Batch(*(_tensor(each) for each in (users, items, days, targets, negatives)))
 
     def _windows_of(self, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
         train = self._data.train
@@ -203,37 +224,60 @@ class TrainingNegatives:
         users, items = data.pairs()
         self._pairs, self._n_items = users * data.n_items + items, data.n_items
 
-    def draw(self, users: np.ndarray, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
+    def draw(
+        self, users: np.ndarray, shape: tuple[int, ...], seed: int, places: np.ndarray | None = None
+    ) -> np.ndarray:
         """Draws `shape` items for each user.
+
+        The draws of a row depend on the seed and the row's place alone, so that each process can draw those
+        of its own rows.
 
         Args:
             users: User codes; shape [B].
             shape: What is drawn for each.
+            seed: Settles the draws; 0 or more, below 2^63.
+            places: A number for each row, below 2^31; shape [B]; 0 to B - 1 when None.
 
         Returns:
             Item codes; int64, shape [B, *shape]. A user who has touched all items gets any.
         """
-        owner = np.broadcast_to(users.reshape(-1, *(1,) * len(shape)), (len(users), *shape)).reshape(-1)
-        drawn = random.integers(0, self._n_items, len(owner))
+        each = math.prod(shape)
+        owner = np.repeat(users, each)
+        places = np.arange(len(users)) if places is None else places
+        stream = (places.astype(np.uint64)[:, None] << np.uint64(32)) + np.arange(each, dtype=np.uint64)
+        stream = _mixed(stream.reshape(-1) ^ _mixed(np.uint64([seed])))
+        drawn = self._codes(stream, 0)
         pending = np.arange(len(owner))
-        for _ in range(64):
+        for attempt in range(1, 65):
             pending = pending[self._touched(owner[pending], drawn[pending])]
             if not len(pending):
                 break
-            drawn[pending] = random.integers(0, self._n_items, len(pending))
+            drawn[pending] = self._codes(stream[pending], attempt)
         for place in pending[self._touched(owner[pending], drawn[pending])]:  # nearly all items are touched
             first = np.searchsorted(
                 self._pairs, [owner[place] * self._n_items, (owner[place] + 1) * self._n_items]
             )
             left = np.setdiff1d(np.arange(self._n_items), self._pairs[slice(*first)] % self._n_items)
             if len(left):
-                drawn[place] = random.choice(left)
+                drawn[place] = left[drawn[place] % len(left)]
         return drawn.reshape(len(users), *shape)
+
+    def _codes(self, stream: np.ndarray, attempt: int) -> np.ndarray:
+        """One draw from 0 to I - 1 for each number of a stream; int64."""
+        mixed = _mixed(stream + np.uint64(attempt * 0x9E3779B97F4A7C15 % 2**64))
+        return (mixed % np.uint64(self._n_items)).astype(np.int64)
 
     def _touched(self, users: np.ndarray, items: np.ndarray) -> np.ndarray:
         asked = users * self._n_items + items
         found = np.minimum(np.searchsorted(self._pairs, asked), len(self._pairs) - 1)
         return self._pairs[found] == asked
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """Maps 64-bit integers to others that look drawn: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
 
 
 def windows(train: Histories, examples: Examples, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -49,7 +49,7 @@ from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
 from recllm.rankers.layers import Block, Dropout, Projection, init_normal
-from recllm.rankers.ranker import SequenceRanker, Without
+from recllm.rankers.ranker import SequenceRanker, Without, check_needs
 from recllm.rankers.training_data import SECONDS_A_DAY, Histories, TrainingData
 
 
@@ -165,14 +165,10 @@ class HM4SR(SequenceRanker):
     def __init__(self, data: TrainingData, config: HM4SRConfig | None = None) -> None:
         super().__init__()
         self.config = config = config or HM4SRConfig()
+        check_needs(type(self), data)
         for name in self.modalities:
             if name not in data.features:
                 raise DataError(f"HM4SR needs vectors of the items' {name}s; give --{name}")
-        if data.train.days is None:
-            raise DataError(
-                "HM4SR needs the times of interactions: give interactions.parquet a column timestamp, "
-                "or take a ranker that does without, such as UniSRec"
-            )
         width = config.width
         self.items = nn.Embedding(data.n_items + 1, width, padding_idx=0)
         self.positions = nn.Embedding(config.length, width)

@@ -25,8 +25,10 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
+from recllm.errors import DataError
 from recllm.rankers.batches import Batch, Examples
 from recllm.rankers.criteria import Criterion, Loss
+from recllm.rankers.training_data import TrainingData
 
 Without = Collection[str]
 
@@ -40,7 +42,7 @@ class Ranker(nn.Module):
         modalities: The features that it needs ("text", "image").
         modality_parts: The names of the submodules and parameters that belong to a modality alone.
         frozen: The names of parameters that no training changes.
-        needs: What it needs of the data beside interactions and features: "times", "categories", "prices".
+        needs: What it needs of the data beside interactions and features: "times" (see `check_needs`).
         config: How it was made.
     """
 
@@ -134,6 +136,19 @@ class PairRanker(Ranker):
             Shape [B, D].
         """
         raise NotImplementedError
+
+
+def check_needs(kind: type[Ranker], data: TrainingData) -> None:
+    """Checks what a ranker needs beside features, which take longer to make.
+
+    Raises:
+        DataError: The training interactions have no times, and it needs them.
+    """
+    if "times" in kind.needs and data.train.days is None:
+        raise DataError(
+            f"{kind.__name__} needs the times of interactions, and no training interaction has one: give "
+            "interactions.parquet a column timestamp, or take a ranker that does without, such as UniSRec"
+        )
 
 
 def at_last(states: Tensor, batch: Batch) -> Tensor:

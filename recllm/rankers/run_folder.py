@@ -19,7 +19,7 @@ from recllm.rankers.features import Features, image_features, text_features
 from recllm.rankers.fit import Fitted, seed_weights
 from recllm.rankers.launching import check_launch
 from recllm.rankers.options import TrainRankerOptions, options_class
-from recllm.rankers.ranker import PairRanker, Ranker
+from recllm.rankers.ranker import PairRanker, Ranker, check_needs
 from recllm.rankers.ranking import check_users_are_served
 from recllm.rankers.saving import LAST, load_weights
 from recllm.rankers.training_data import TrainingData
@@ -57,6 +57,7 @@ def open_run(options: TrainRankerOptions) -> RankerRun:
     options.config()
     _check_order_is_used(options)
     check_users_are_served(ranker_class(options.ranker), split, "valid")
+    check_needs(ranker_class(options.ranker), TrainingData.of(split))
     if rank() == 0:  # the first to come makes what is kept: embeddings, visual store, sequences
         data = TrainingData.of(split, read_modalities(options, split))
         for name, each in data.features.items():
@@ -202,6 +203,11 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
     cls, config = ranker_class(options.ranker), options.config()
     wanted = getattr(config, "modalities", cls.modalities)
     features = {}
+    if "image" in wanted and options.image is None:
+        raise DataError(
+            f"{options.ranker} reads images: give --image MODEL (tiny, a folder, a hub id) or --image FILE "
+            "of vectors; --image none trains it without, where it can do without"
+        )
     if "text" in wanted and options.text != "none":
         features["text"] = text_features(
             split.dataset,
@@ -209,11 +215,6 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
             order=options.feature_order,
             encoder=options.encoder,
             progress=rank() == 0,
-        )
-    if "image" in wanted and options.image is None:
-        raise DataError(
-            f"{options.ranker} reads images: give --image MODEL (tiny, a folder, a hub id) or --image FILE "
-            "of vectors; --image none trains it without, where it can do without"
         )
     if "image" in wanted and options.image != "none":
         features["image"] = image_features(

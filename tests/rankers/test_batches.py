@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
@@ -168,6 +170,62 @@ def test_order_and_negatives_come_from_seed_and_epoch(kind):
         assert both[0] == both[1]  # the same examples, in another order
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "pairs"])
+def test_a_process_makes_its_own_rows_alone(kind, monkeypatch):
+    """It used to make the whole batch, negatives and all, and to throw the others' rows away."""
+    asked = []
+    draw = TrainingNegatives.draw
+
+    def noted(sampler, users, *rest):
+        asked.append(len(users))
+        return draw(sampler, users, *rest)
+
+    monkeypatch.setattr(TrainingNegatives, "draw", noted)
+    made = [len(batch) for batch, _ in epoch_of(kind, part=(1, 4))]
+    assert asked == made and max(made) == 2
+
+
+def test_the_next_batch_is_made_while_a_step_is_computed():
+    """And no further one: memory stays that of two batches."""
+    epochs = Epochs(DATA, "positions", batch_size=4, length=16)
+    made, whole = [], epochs._own_rows
+    begun = threading.Semaphore(0)
+
+    def noted(chosen, seed):
+        made.append(len(chosen))
+        begun.release()
+        return whole(chosen, seed)
+
+    epochs._own_rows = noted
+    running = epochs.epoch(0)
+    next(running)
+    assert begun.acquire(timeout=30) and begun.acquire(timeout=30)
+    time.sleep(0.1)
+    assert len(made) == 2
+    next(running)
+    assert begun.acquire(timeout=30) and len(made) == 3
+    running.close()  # the thread ends with it
+
+
+def test_an_error_in_making_a_batch_ends_the_epoch():
+    epochs = Epochs(DATA, "positions", batch_size=4, length=16)
+    epochs._start = epochs._start[:3]
+    with pytest.raises(IndexError):
+        list(epochs.epoch(0))
+
+
+def test_draws_of_a_row_depend_on_its_place_and_the_seed_alone():
+    users = np.random.default_rng(0).integers(worlds.USERS, size=50)
+    sampler = TrainingNegatives(DATA)
+    whole = sampler.draw(users, (7, 3), 5)
+    part = sampler.draw(users[3::4], (7, 3), 5, np.arange(3, 50, 4))
+    assert np.array_equal(part, whole[3::4])
+    assert not np.array_equal(sampler.draw(users, (7, 3), 6), whole)
+    columns = whole.reshape(50, -1)
+    assert all(len(np.unique(columns[:, place])) > 10 for place in range(21))  # no two rows alike
+    assert len({row.tobytes() for row in columns}) == 50
+
+
 def test_a_batch_with_fewer_rows_than_processes_is_left_out_by_all():
     data = numbered([3] * 5)
     options = {"batch_size": 4, "length": 5}
@@ -179,7 +237,7 @@ def test_a_batch_with_fewer_rows_than_processes_is_left_out_by_all():
 def test_negatives_are_uniform_over_what_the_user_has_not_trained_with():
     """Held-out items among it: a sampler that spares them tells them (S3-Rec, STOSA, REVEAL)."""
     users = np.arange(worlds.USERS)
-    drawn = TrainingNegatives(DATA).draw(users, (2, 4000), np.random.default_rng(0))
+    drawn = TrainingNegatives(DATA).draw(users, (2, 4000), 0)
     assert drawn.shape == (worlds.USERS, 2, 4000)
     touched = np.zeros((worlds.USERS, worlds.ITEMS), bool)
     touched[DATA.pairs()] = True
@@ -195,7 +253,7 @@ def test_held_out_items_can_be_negatives(tmp_path):
     split = worlds.tiny_split(tmp_path / "data")
     data = TrainingData.of(split)
     ids = split.dataset.items["item"].to_list()
-    drawn = TrainingNegatives(data).draw(np.arange(12), (400,), np.random.default_rng(0))
+    drawn = TrainingNegatives(data).draw(np.arange(12), (400,), 0)
     for user in range(12):
         own = {ids[item] for item in drawn[user]}
         assert {f"later{user}", f"latest{user}"} <= own
@@ -204,7 +262,7 @@ def test_held_out_items_can_be_negatives(tmp_path):
 def test_negatives_of_a_user_who_left_one_item_or_none():
     rows = [np.arange(1, 40), np.arange(1, 41)]
     data = TrainingData(2, 40, histories(rows))
-    drawn = TrainingNegatives(data).draw(np.array([0, 1]), (300,), np.random.default_rng(0))
+    drawn = TrainingNegatives(data).draw(np.array([0, 1]), (300,), 0)
     assert (drawn[0] == 39).all()
     assert len(set(drawn[1].tolist())) > 30 and drawn[1].max() < 40
 
