@@ -6,13 +6,13 @@ python benchmarks/tables.py --check    # status 1 where the README disagrees wit
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+from measured import ROOT, results, table
+from ranker_tables import rankers_baby, rankers_beauty, rankers_movielens
+
 README = ROOT / "README.md"
 SYSTEMS = {
     "cot": "QLoRA, four-step chain of thought",
@@ -63,9 +63,9 @@ def with_tables(readme: str) -> str:
         saved,
     )
     tables = {maker.__name__: maker() for maker in makers}
-    for name, table in tables.items():
+    for name, text in tables.items():
         pattern = re.compile(rf"(<!-- table:{name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        readme, found = pattern.subn(lambda match, table=table: match[1] + table + match[2], readme)
+        readme, found = pattern.subn(lambda match, text=text: match[1] + text + match[2], readme)
         if found != 1:
             raise SystemExit(f"README.md: expected one place for the table {name!r}, found {found}")
     return readme
@@ -241,47 +241,6 @@ def sft() -> str:
     return table(rows)
 
 
-def rankers_beauty() -> str:
-    """Rankers on Beauty: test lists over the whole catalog, seen items masked and not."""
-    names = ("recall@10", "ndcg@10")
-    rows = [["ranker", "seeds", "R@10", "N@10", "published R@10 / N@10", "unmasked R@10", "unmasked N@10"]]
-    measured = results("rankers_beauty")
-    for ranker, line in measured["figures"].items():
-        seen, bare = ([_figure(line["test"][mask][metric]) for metric in names] for mask in ("seen", "none"))
-        known = _published(measured, ranker, names)
-        name = "`" + " ".join([ranker, *line.get("flags", [])]) + "`"
-        seeds = str(len(line.get("seeds", [])) or "")
-        rows.append([name, seeds, *seen, known, *bare])
-        if wider := line["test"].get("known-graph"):  # which no published figure is known to have had
-            figures = (_figure(wider[metric]) for metric in names)
-            rows.append([f"{name}, `--graph known`", seeds, *figures, "", "", ""])
-    return table(rows)
-
-
-def rankers_baby() -> str:
-    """Rankers on Baby: test lists over the whole catalog, training items masked."""
-    names = ("recall@20", "ndcg@20")
-    rows = [["ranker", "seeds", "R@20", "N@20", "published R@20 / N@20"]]
-    measured = results("rankers_baby")
-    for ranker, line in measured["figures"].items():
-        found = [_figure(line["test"]["train"][name]) for name in names]
-        seeds = str(len(line.get("seeds", [])) or "")
-        rows.append([f"`{ranker}`", seeds, *found, _published(measured, ranker, names)])
-    return table(rows)
-
-
-def rankers_movielens() -> str:
-    """Rankers on MovieLens: 1+20 lists, and the whole catalog, with intervals over users."""
-    listed, whole = "1+20-uniform-seed42", "seen"
-    rows = [["ranker", "AUC, 1+20", "HR@5, 1+20", "NDCG@10, 1+20", "R@10, catalog", "N@10, catalog"]]
-    figures = results("rankers_movielens")["figures"]
-    for ranker, line in sorted(figures.items(), key=lambda each: -each[1]["test"][listed]["auc"]["mean"]):
-        found = [_figure(line["test"][listed][name], 3) for name in ("auc", "hr@5", "ndcg@10")]
-        found += [_figure(line["test"][whole][name], 3) for name in ("recall@10", "ndcg@10")]
-        rows.append([f"`{ranker}`", *found])
-    return table(rows)
-
-
 def rankers() -> str:
     """Training on Beauty against RecBole."""
     measured = results("rankers")
@@ -329,18 +288,6 @@ def rankers_memory() -> str:
     return table(rows)
 
 
-def _figure(line: dict[str, float], digits: int = 4) -> str:
-    mean = f"{line['mean']:.{digits}f}"
-    if "sd" in line:
-        return f"{mean} ± {line['sd']:.{digits}f}"
-    return f"{mean} [{line['low']:.{digits}f}, {line['high']:.{digits}f}]"
-
-
-def _published(measured: dict[str, Any], ranker: str, names: tuple[str, str]) -> str:
-    known = measured["published"].get(ranker)
-    return " / ".join(f"{known[name]:.4f}" for name in names) if known else ""
-
-
 def gpu() -> str:
     """Scoring and fine-tuning on a GPU."""
     if not (ROOT / "results" / "gpu.json").is_file():
@@ -360,17 +307,6 @@ def gpu() -> str:
 def _of_device(line: dict[str, Any]) -> tuple[str, str]:
     share = line["share_of_peak"]
     return "unknown" if share is None else f"{share:.0%}", f"{line['peak_mib'] / 1024:.1f} GiB"
-
-
-def table(rows: list[list[str]]) -> str:
-    """A Markdown table; the first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
-
-
-def results(name: str) -> dict[str, Any]:
-    """Reads one file of measured figures."""
-    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

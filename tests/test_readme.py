@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import re
 import shlex
@@ -56,14 +55,16 @@ def test_every_file_that_the_readme_names_exists():
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
-def test_the_tables_are_made_from_the_results():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+def test_the_tables_are_made_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    tables = importlib.import_module("tables")
     assert tables.with_tables(README) == README, "README.md and results/ disagree; run `make tables`"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.name)
+MEASURED = sorted(set((ROOT / "results").glob("*.json")) - {ROOT / "results" / "published.json"})
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.name)
 def test_results_explain_themselves(path):
     result = json.loads(path.read_text())
     assert result["run"]["command"] and result["run"]["packages"] and result["figures"]
