@@ -141,7 +141,10 @@ def run_recllm(folder: Path) -> dict:
         Table(folder / "log.csv", folder / "dataset", rating="rating", overwrite=True)
     )
     clock.lap("import")
-    core = filter_dataset(dataset, FilterOptions(folder / "dataset", folder / "core", 5, 5, overwrite=True))
+    core = filter_dataset(
+        dataset,
+        FilterOptions(folder / "dataset", folder / "core", 5, 5, overwrite=True, discard_derived=True),
+    )
     clock.lap("filter")
     split = make_split(core, SplitOptions(folder / "core", "loo"))
     clock.lap("split")

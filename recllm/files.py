@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,31 @@ DATASET = "dataset"
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def refuse_nested(folder: Path, own: Collection[str] = ()) -> None:
+    """Raises a `DataError` if a folder holds further folders that recllm made, such as a run with an export.
+
+    Args:
+        folder: The folder that would be deleted.
+        own: Names of folders in it that belong to it.
+    """
+    inner = (path.parent.relative_to(folder) for path in sorted(folder.glob("*/**/manifest.json")))
+    theirs = (name for name in inner if name.parts[0] not in own and not name.parts[0].startswith("."))
+    if names := ", ".join(map(str, theirs)):
+        raise DataError(
+            f"{folder} holds {names}, made by other commands, which would be deleted with it; "
+            "move that away first, or give another folder."
+        )
+
+
 @contextmanager
-def staged_folder(out: Path, *, kind: str | None = None, overwrite: bool = False) -> Iterator[Path]:
+def staged_folder(
+    out: Path,
+    *,
+    kind: str | None = None,
+    overwrite: bool = False,
+    refuse: Callable[[Path], None] | None = refuse_nested,
+    keep: Sequence[str] = (),
+) -> Iterator[Path]:
     """Yields an empty folder beside `out` that becomes `out` when the block ends without an exception.
 
     The staging folder is `.<name>.partial`. It is locked while in use, so a second writer of the same `out`
@@ -37,13 +60,16 @@ def staged_folder(out: Path, *, kind: str | None = None, overwrite: bool = False
             `out` cannot be anything else.
         overwrite: Replace `out` where it exists: an empty folder, or one with a `manifest.json`, which recllm
             made; nothing else is ever replaced. Its old content stays in place until the new one is complete.
+        refuse: Called with the folder that would be replaced; raises a `DataError` if that would delete what
+            other commands made. None deletes it.
+        keep: Entries of the replaced folder that move into the new one, if they exist.
 
     Raises:
         DataError: `out` exists and may not be replaced, another process is writing it, or it cannot be
         written.
     """
     out = Path(os.path.abspath(out))  # noqa: PTH100 - resolve() would follow a symbolic link at `out`
-    _check_free(out, kind, overwrite)
+    _check_free(out, kind, overwrite, refuse)
     made_parents = [parent for parent in out.parents if not parent.exists()]
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -52,13 +78,18 @@ def staged_folder(out: Path, *, kind: str | None = None, overwrite: bool = False
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror} ({error.filename})") from None
     try:
+        if _restore(out):
+            _check_free(out, kind, overwrite, refuse)
         _empty(staging)
         yield staging
+        _link_entries(out, staging, keep)
         _sync_tree(staging)
-        _check_free(out, kind, overwrite)
+        _check_free(out, kind, overwrite, refuse)
         if out.exists():
-            _exchange(staging, out)
-            shutil.rmtree(staging, ignore_errors=True)
+            old = _exchange(staging, out)
+            with contextlib.suppress(OSError):
+                _link_entries(old, out, keep)  # what another process has added in between
+            shutil.rmtree(old, ignore_errors=True)
         else:
             staging.rename(out)
         _sync(out.parent)
@@ -130,21 +161,58 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _exchange(new: Path, old: Path) -> None:
-    """Swaps two folders in one step, so that a kill leaves either the old or the new one at `old`."""
+def _link_entries(old: Path, new: Path, names: Sequence[str]) -> None:
+    """Adds entries of `old` to `new` as hard links: a kill at any moment leaves them in one of the two."""
+    for name in names:
+        entry = old / name
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new / name, symlinks=True, copy_function=_link, dirs_exist_ok=True)
+        elif entry.is_symlink() and not (new / name).is_symlink():
+            (new / name).symlink_to(entry.readlink())
+
+
+def _link(source: str, target: str) -> None:
+    if Path(target).exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def _exchange(new: Path, old: Path) -> Path:
+    """Swaps two folders in one step, so that a kill leaves either the old or the new one at `old`.
+
+    Returns:
+        Where the old one is now.
+    """
     swap = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if swap is not None and swap(here, os.fsencode(new), here, os.fsencode(old), exchange) == 0:
-        return
+        return new
     # File systems that cannot swap: two renames, with the old folder beside its place for a moment.
-    retired = old.parent / f".{old.name}.retired"
+    retired = _retired(old)
     shutil.rmtree(retired, ignore_errors=True)
     old.rename(retired)
     new.rename(old)
-    shutil.rmtree(retired, ignore_errors=True)
+    return retired
 
 
-def _check_free(out: Path, kind: str | None, overwrite: bool) -> None:
+def _retired(out: Path) -> Path:
+    return out.parent / f".{out.name}.retired"
+
+
+def _restore(out: Path) -> bool:
+    """Puts back the old folder if a kill came between the two renames of `_exchange`."""
+    if out.exists() or not _retired(out).is_dir():
+        return False
+    _retired(out).rename(out)
+    return True
+
+
+def _check_free(
+    out: Path, kind: str | None, overwrite: bool, refuse: Callable[[Path], None] | None = None
+) -> None:
     if not out.exists() and not out.is_symlink():
         return
     if not overwrite:
@@ -166,6 +234,8 @@ def _check_free(out: Path, kind: str | None, overwrite: bool) -> None:
             raise DataError(
                 f"{out} is a {found}, which --overwrite does not replace by a {kind}; give another folder."
             )
+    if refuse is not None:
+        refuse(out)
 
 
 def _lock_folder(staging: Path, out: Path) -> int:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import recllm.files
 from recllm.data import Dataset
 from recllm.errors import DataError
-from recllm.files import staged_folder, write_file, write_json
+from recllm.files import refuse_nested, staged_folder, write_file, write_json
 
 IMPORT = [sys.executable, "-m", "recllm.cli", "data", "import", "table"]
 
@@ -155,6 +156,51 @@ def test_overwrite_replaces_only_what_recllm_made(tmp_path, kind):
         with pytest.raises(DataError, match="was not made by recllm"), staged_folder(out, overwrite=True):
             pytest.fail("it got in")
     assert (home / "thesis.txt").read_text() == "years of work"
+
+
+def test_overwrite_deletes_no_folder_that_another_command_made(tmp_path):
+    """As when `recllm export RUN RUN/export` was run before the report or export around it is made again."""
+    out = tmp_path / "out"
+    for name in (".", "export", "last"):
+        (out / name).mkdir(exist_ok=True, parents=True)
+        (out / name / "manifest.json").write_text('{"kind": "report"}')
+    with (
+        pytest.raises(DataError, match="out holds export, last, made by other commands"),
+        staged_folder(out, kind="report", overwrite=True),
+    ):
+        pytest.fail("it got in")
+    with pytest.raises(DataError, match="out holds export, made by other commands"):
+        refuse_nested(out, own=("last",))
+    assert (out / "export" / "manifest.json").exists()
+
+
+def test_a_kill_between_the_two_renames_of_a_disk_that_cannot_swap_loses_neither_folder(
+    tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    write_json(out / "manifest.json", {})
+    (out / "file").write_text("old")
+    monkeypatch.setattr(recllm.files.ctypes, "CDLL", lambda *_, **__: object())
+    rename = Path.rename
+
+    def killed(path: Path, target: Path) -> None:
+        if target == out:
+            monkeypatch.setattr(recllm.files.shutil, "rmtree", lambda *_, **__: None)  # it cannot clear up
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        with staged_folder(out, overwrite=True) as staging:
+            (staging / "file").write_text("new")
+    monkeypatch.undo()
+    assert not out.exists()
+    with pytest.raises(DataError, match="exists already"), staged_folder(out):
+        pytest.fail("it got in")
+    assert (out / "file").read_text() == "old"
+    with staged_folder(out, overwrite=True) as staging:
+        (staging / "file").write_text("new")
+    assert (out / "file").read_text() == "new" and list(tmp_path.iterdir()) == [out]
 
 
 def test_a_link_in_the_place_of_the_staging_folder_is_not_followed(tmp_path):

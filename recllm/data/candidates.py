@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -24,6 +25,7 @@ from tyro.conf import Positional, arg
 
 from recllm.data.candidate_files import candidate_metadata
 from recllm.data.dataset import MANIFEST, describe_file
+from recllm.data.derived import refuse_derived
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
 from recllm.files import staged_folder, write_json
@@ -144,7 +146,8 @@ def make_candidates(split: Split, options: CandidateOptions) -> Path:
         dataset.user_codes, dataset.item_codes, len(dataset.users), len(dataset.items), popularity
     )
     folder = split.folder / "candidates" / options.name
-    with staged_folder(folder, overwrite=options.overwrite) as staging:
+    refuse = partial(refuse_derived, own=("valid.parquet", "test.parquet", MANIFEST), discardable=False)
+    with staged_folder(folder, overwrite=options.overwrite, refuse=refuse) as staging:
         for part in ("valid", "test"):
             lists = _draw_part(split, part, sampler, options)
             metadata = candidate_metadata(lists, split, _of_part(protocol, part))

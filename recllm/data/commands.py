@@ -12,6 +12,7 @@ from tyro.conf import Positional, arg
 
 from recllm.data.candidates import CandidateOptions, make_candidates
 from recllm.data.dataset import Dataset
+from recllm.data.derived import kept_stores
 from recllm.data.filtering import FilterOptions, filter_dataset
 from recllm.data.importing import import_dataset
 from recllm.data.readers import (
@@ -67,11 +68,14 @@ def import_raw(options: ImportOptions) -> None:
     for line in findings.lines():
         print(line)
     _print_counts(dataset)
+    _print_kept(dataset)
 
 
 def toyworld(options: ToyworldConfig) -> None:
     """Makes a toy world."""
-    _print_counts(write_toyworld(options))
+    dataset = write_toyworld(options)
+    _print_counts(dataset)
+    _print_kept(dataset)
 
 
 def inspect(options: InspectOptions) -> None:
@@ -94,6 +98,7 @@ def filter_(options: FilterOptions) -> None:
     for reason, entry in filtered.manifest["dropped"]["left_out"].items():
         print(f"left out: {entry['rows']:,} {reason}")
     _print_counts(filtered)
+    _print_kept(filtered)
 
 
 def split(options: SplitOptions) -> None:
@@ -135,6 +140,12 @@ def _print_counts(dataset: Dataset) -> None:
     print(f"  interactions: {', '.join(told)}")
     if dataset.has_timestamps:
         print(f"  time: {' to '.join(map(_day, dataset.manifest['time_range']))} (UTC)")
+
+
+def _print_kept(dataset: Dataset) -> None:
+    """Prints what a new dataset has from the one that it replaced."""
+    if kept := kept_stores(dataset.folder):
+        print(f"  kept from the old dataset: {', '.join(kept)}")
 
 
 def _day(seconds: int) -> str:

@@ -13,9 +13,10 @@ import polars as pl
 
 from recllm.data import schema
 from recllm.data.coding import UNKNOWN, encode
+from recllm.data.derived import dataset_folder
 from recllm.data.image_files import check_image_paths
 from recllm.errors import DataError
-from recllm.files import DATASET, read_json, sha256, staged_folder, write_json
+from recllm.files import read_json, sha256, write_json
 from recllm.runs import describe_run
 
 FORMAT = 1
@@ -196,6 +197,7 @@ def write_dataset(
     source: dict[str, Any],
     stage: Callable[[Path], None] | None = None,
     overwrite: bool = False,
+    discard_derived: bool = False,
 ) -> Dataset:
     """Writes a dataset folder: complete and valid, or not at all.
 
@@ -207,11 +209,12 @@ def write_dataset(
         source: What the dataset was made from, for the manifest.
         stage: Called with the folder under construction, to put images (and other files) into it.
         overwrite: Replace `out` where it exists.
+        discard_derived: Replace it even if it holds what other commands made; see `recllm.data.derived`.
 
     Raises:
         DataError: The tables are not valid together, `out` exists, or the disk is full.
     """
-    with staged_folder(Path(out), kind=DATASET, overwrite=overwrite) as folder:
+    with dataset_folder(Path(out), overwrite=overwrite, discard_derived=discard_derived) as folder:
         for name, frame in (("items", items), ("interactions", interactions), ("users", users)):
             schema.complete(frame.lazy(), name).sink_parquet(folder / f"{name}.parquet", engine="streaming")
         if stage is not None:

@@ -12,9 +12,9 @@ from tyro.conf import Positional, arg
 
 from recllm.data.coding import recode
 from recllm.data.dataset import Dataset, finish_dataset
+from recllm.data.derived import dataset_folder
 from recllm.data.image_files import copy_image
 from recllm.errors import DataError
-from recllm.files import DATASET, staged_folder
 
 
 @dataclass
@@ -37,6 +37,9 @@ class FilterOptions:
     """Leave out items with neither title nor text."""
     overwrite: bool = False
     """Replace OUT where it exists."""
+    discard_derived: bool = False
+    """With --overwrite: also delete what other commands made from the old dataset (splits, texts,
+    instructions, ...). Generated answers, visual tokens and embeddings are kept in any case."""
 
 
 def k_core(
@@ -112,7 +115,9 @@ def filter_dataset(dataset: Dataset, options: FilterOptions) -> Dataset:
 
     users_kept = np.bincount(dataset.user_codes[core], minlength=len(dataset.users)) > 0
     items_kept &= np.bincount(dataset.item_codes[core], minlength=len(dataset.items)) >= options.item_core
-    with staged_folder(options.out, kind=DATASET, overwrite=options.overwrite) as folder:
+    with dataset_folder(
+        options.out, overwrite=options.overwrite, discard_derived=options.discard_derived
+    ) as folder:
         items = dataset.items.filter(pl.Series(items_kept))
         items.write_parquet(folder / "items.parquet")
         dataset.users.filter(pl.Series(users_kept)).write_parquet(folder / "users.parquet")
@@ -155,7 +160,7 @@ def _required_items(
 
 
 def _settings(options: FilterOptions) -> dict[str, object]:
-    left_out = ("dataset", "out", "overwrite")
+    left_out = ("dataset", "out", "overwrite", "discard_derived")
     return {name: value for name, value in vars(options).items() if name not in left_out}
 
 

@@ -11,6 +11,7 @@ import polars as pl
 from recllm.data import schema
 from recllm.data.coding import encode, recode
 from recllm.data.dataset import NO_TIME, Dataset, finish_dataset
+from recllm.data.derived import dataset_folder
 from recllm.data.filtering import write_rows
 from recllm.data.image_files import copy_image, is_inside, is_plain_file
 from recllm.data.raw.cleaning import read_side_table, write_interactions
@@ -18,14 +19,15 @@ from recllm.data.raw.findings import SHOWN, Findings
 from recllm.data.raw.tables import RawDataset, images_by_item
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
-from recllm.files import DATASET, staged_folder
 from recllm.progress import Progress
 
 
 def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
     """Imports raw files as a dataset folder.
 
-    Killed at any moment, it leaves no dataset at `options.out`, or the one that was there before.
+    Killed at any moment, it leaves no dataset at `options.out`, or the one that was there before. An old one
+    that holds splits, texts or other derived files is replaced only with `discard_derived`; see
+    `recllm.data.derived`.
 
     Args:
         options: A reader with its options, for example `recllm.data.readers.MovieLens(source, out)`.
@@ -34,7 +36,8 @@ def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
         The dataset, and what was found wrong with the source.
 
     Raises:
-        DataError: The source cannot be read, has nothing in it, or (`strict`) has a malformed line.
+        DataError: The source cannot be read, has nothing in it, or (`strict`) has a malformed line; or
+            `options.out` exists and may not be replaced.
     """
     for path in (options.source, options.out):
         try:
@@ -42,7 +45,9 @@ def import_dataset(options: ImportOptions) -> tuple[Dataset, Findings]:
         except UnicodeEncodeError:
             raise DataError(f"{str(path)!r}: a name with bytes that are not UTF-8; rename it") from None
     findings = Findings(strict=options.strict)
-    with staged_folder(options.out, kind=DATASET, overwrite=options.overwrite) as folder:
+    with dataset_folder(
+        options.out, overwrite=options.overwrite, discard_derived=options.discard_derived
+    ) as folder:
         workspace = folder / ".workspace"
         raw = options.read(findings, workspace)
         if "timestamp" not in raw.interactions.frame.collect_schema():

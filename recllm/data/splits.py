@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from tyro.conf import Positional, arg
 
 from recllm.data import split_methods
 from recllm.data.dataset import MANIFEST, Dataset, describe_file, hash_of_files
+from recllm.data.derived import refuse_derived
 from recllm.data.split_methods import PARTS, TEST, TRAIN, UNUSED, VALID, Assignment
 from recllm.errors import DataError
 from recllm.files import read_json, staged_folder, write_json
@@ -25,6 +27,7 @@ from recllm.runs import describe_run
 
 HeldOut = Literal["valid", "test"]
 COLUMNS = ("user", "item", "timestamp", "rating")
+_OWN = (*(f"{part}.parquet" for part in PARTS), MANIFEST, "sequences")
 
 
 @dataclass
@@ -50,7 +53,9 @@ class SplitOptions:
     name: str | None = None
     """Folder name below DATASET/splits; by default the protocol's."""
     overwrite: bool = False
-    """Replace the split where it exists, with the candidates and sequences made from it."""
+    """Replace the split where it exists."""
+    discard_derived: bool = False
+    """With --overwrite: also delete the candidates that were drawn for the old split."""
 
 
 class Split:
@@ -136,7 +141,8 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
     """Splits a dataset and writes `DATASET/splits/<name>/{train,valid,test}.parquet` with a manifest.
 
     Raises:
-        DataError: The method needs times or given parts that the dataset lacks, or a part is empty.
+        DataError: The method needs times or given parts that the dataset lacks, a part is empty, or the split
+            exists and may not be replaced.
     """
     assignment = _assign(dataset, options)
     part = assignment.part
@@ -159,7 +165,8 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
     target = pl.Series(assignment.target)
     if assignment.dropped is not None:
         target = target.set(pl.Series(assignment.dropped), None)
-    with staged_folder(folder, overwrite=options.overwrite) as staging:
+    refuse = None if options.discard_derived else partial(refuse_derived, own=_OWN)
+    with staged_folder(folder, overwrite=options.overwrite, refuse=refuse) as staging:
         columns = dataset.scan_interactions().select(COLUMNS).with_row_index("row")
         for code, part_name in enumerate(PARTS):
             chosen = pl.LazyFrame({"target": target, "__part": part})
@@ -168,7 +175,9 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
             )
             rows.sink_parquet(staging / f"{part_name}.parquet", engine="streaming", compression_level=1)
         settings = {
-            key: value for key, value in vars(options).items() if key not in ("dataset", "name", "overwrite")
+            key: value
+            for key, value in vars(options).items()
+            if key not in ("dataset", "name", "overwrite", "discard_derived")
         }
         manifest = {
             "protocol": assignment.protocol,

@@ -6,12 +6,13 @@ import fcntl
 import os
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import BusyError, DataError
-from recllm.files import read_json, staged_folder, write_json
+from recllm.files import read_json, refuse_nested, staged_folder, write_json
 from recllm.mllm.ranks import rank, sum_over_ranks
 from recllm.rankers import ranker_class
 from recllm.rankers.feature_order import needs_order
@@ -105,7 +106,8 @@ def begin_run(options: TrainRankerOptions, run: RankerRun) -> BinaryIO | None:
         if run.resumed:
             write_json(run.path / MANIFEST, manifest)
         else:
-            with staged_folder(run.path, kind=KIND, overwrite=True) as staging:
+            refuse = partial(refuse_nested, own=(LAST,))
+            with staged_folder(run.path, kind=KIND, overwrite=True, refuse=refuse) as staging:
                 write_json(staging / MANIFEST, manifest)
     sum_over_ranks([0])
     return lock

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from recllm.errors import BusyError, DataError
-from recllm.files import read_json, write_file, write_json
+from recllm.files import read_json, refuse_nested, write_file, write_json
 from recllm.journal import read_log
 from recllm.mllm.ranks import rank, sum_over_ranks, world_size
 from recllm.runs import describe_run
@@ -88,6 +88,7 @@ def open_run(options: SFTOptions) -> RunFolder:
     elif rank() == 0:
         run = replace(run, lock=_locked(run.path))
         if run.checkpoint is None:
+            refuse_nested(run.path)
             _empty(run.path)
             run.checkpoints.mkdir()
             write_json(run.path / MANIFEST, _manifest(options, "training"))

@@ -220,6 +220,13 @@ def test_runs_are_neither_lost_nor_mixed(split: Split, trained: Path, tmp_path: 
     assert again.returncode == 1 and "--resume auto" in again.stderr and "Traceback" not in again.stderr
     other = train(split, trained, "--resume", "auto", "--width", "32")
     assert other.returncode == 1 and "width: 16 then, 32 now" in other.stderr
+    kept = tmp_path / "kept"
+    shutil.copytree(trained, kept)
+    (kept / "report").mkdir()
+    (kept / "report" / "manifest.json").write_text("{}")
+    over = train(split, kept, "--overwrite")
+    assert over.returncode == 1 and "kept holds report, made by other commands" in over.stderr
+    assert (kept / "report").exists() and (kept / "metrics.json").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     foreign = train(split, tmp_path / "mine", "--overwrite")

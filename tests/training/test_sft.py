@@ -139,6 +139,11 @@ def test_folders_are_not_overwritten_by_mistake(sft, tmp_path):
     run_sft(options)
     with pytest.raises(DataError, match="exists already; give --resume auto"):
         run_sft(options)
+    (tmp_path / "run" / "export").mkdir()
+    (tmp_path / "run" / "export" / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="holds export, made by other commands"):
+        run_sft(sft(max_steps=2, overwrite=True))
+    assert (tmp_path / "run" / "metrics.json").exists()
     with pytest.raises(DataError, match=r"other settings \(learning_rate: 0.001 then, 0.5 now\)"):
         run_sft(sft(max_steps=2, learning_rate=0.5, resume="auto"))
     (tmp_path / "other").mkdir()

@@ -33,6 +33,9 @@ class ImportOptions:
     """Make hard links to the images, not copies; later changes to the source then show in the dataset."""
     overwrite: bool = False
     """Replace the dataset folder where it exists."""
+    discard_derived: bool = False
+    """With --overwrite: also delete what other commands made from the old dataset (splits, texts,
+    instructions, ...). Generated answers, visual tokens and embeddings are kept in any case."""
 
     def read(self, findings: Findings, workspace: Path) -> RawDataset:
         """Reads the source.

@@ -30,6 +30,9 @@ class ToyworldConfig:
     """Share of picks made regardless of taste."""
     overwrite: bool = False
     """Replace the folder where it exists."""
+    discard_derived: bool = False
+    """With --overwrite: also delete what other commands made from the old dataset (splits, texts,
+    instructions, ...). Generated answers, visual tokens and embeddings are kept in any case."""
 
 
 def write_toyworld(config: ToyworldConfig) -> Dataset:
@@ -39,4 +42,4 @@ def write_toyworld(config: ToyworldConfig) -> Dataset:
         DataError: The sizes cannot work, the folder exists, or the disk is full.
     """
     world = generate(config.users, config.items, config.seed, phases=config.phases, noise=config.noise)
-    return world.write(config.out, overwrite=config.overwrite)
+    return world.write(config.out, overwrite=config.overwrite, discard_derived=config.discard_derived)

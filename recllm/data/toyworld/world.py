@@ -69,7 +69,7 @@ class ToyWorld:
     item_answers: pl.DataFrame
     interaction_answers: pl.DataFrame
 
-    def write(self, out: Path | str, *, overwrite: bool = False) -> Dataset:
+    def write(self, out: Path | str, *, overwrite: bool = False, discard_derived: bool = False) -> Dataset:
         """Writes a dataset folder, with the pictures in `images/` and the answer key in `truth/`.
 
         `truth/items.parquet`, `truth/interactions.parquet` and `truth/parameters.json` are for `observers`
@@ -92,6 +92,7 @@ class ToyWorld:
             source=source,
             stage=self._stage,
             overwrite=overwrite,
+            discard_derived=discard_derived,
         )
 
     def _stage(self, folder: Path) -> None:
