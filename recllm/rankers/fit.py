@@ -340,17 +340,18 @@ class _Best:
 
 
 class _Progress:
-    """One bar over all steps on rank 0's terminal; without a terminal, a line for each validation."""
+    """One bar over all steps on rank 0's terminal; without a terminal, lines, and one for each validation."""
 
     def __init__(self, options: FitOptions, steps: int, state: RunState, rank: int) -> None:
-        from tqdm import tqdm
+        from recllm.progress import Progress
 
         self._rank, self._metric, self._shown = rank, options.valid_metric, rank == 0 and sys.stderr.isatty()
-        self._bar = tqdm(
+        self._bar = Progress(
+            desc="training (at most)",
             total=options.epochs * steps,
             initial=state.epoch * steps,
             unit="step",
-            disable=not self._shown,
+            disable=rank > 0,
             dynamic_ncols=True,
         )
 
