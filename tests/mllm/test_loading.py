@@ -40,11 +40,6 @@ def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
-def rename_tensors(path: Path, old: str, new: str) -> None:
-    tensors = {name.replace(old, new): tensor for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_with_what_it_was_saved_with(family, tmp_path):
     folder = save_small(family, tmp_path / family)
@@ -246,94 +241,3 @@ def test_nf4_leaves_visual_features_alone_and_answers_nearly_the_same(tmp_path):
     assert torch.corrcoef(torch.stack([logits, near]))[0, 1] > 0.9
     assert not torch.equal(logits, near)
     assert small.identity != plain.identity
-
-
-# --- adapters ---
-
-
-def test_an_adapter_changes_the_model_as_peft_would(base, adapter):
-    from peft import PeftModel
-
-    plain, adapted = load(base), load(base, adapter=adapter)
-    expected = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), adapter).eval()
-    probe = probe_inputs(plain)
-    with torch.no_grad():
-        logits = adapted.model(**probe).logits
-        torch.testing.assert_close(logits, expected(**probe).logits)
-        assert not torch.allclose(logits, plain.model(**probe).logits, atol=1e-3)
-    assert adapted.identity == {**plain.identity, "adapter": fingerprint(adapter)}
-
-
-def test_an_adapter_works_on_a_quantized_base(tmp_path):
-    base = save_small("qwen2_vl", tmp_path / "base", hidden=64)
-    adapter = save_adapter(base, tmp_path / "adapter")
-    loaded = load(base, adapter=adapter, quantization="nf4", dtype="float32")
-    plain = load(base, quantization="nf4", dtype="float32")
-    probe = probe_inputs(loaded)
-    with torch.no_grad():
-        assert not torch.allclose(loaded.model(**probe).logits, plain.model(**probe).logits, atol=1e-3)
-
-
-def test_an_adapter_on_the_vision_tower_alone_is_seen_to_act(base, tmp_path):
-    folder = save_adapter(base, tmp_path / "tower", layers=r".*visual.*qkv")
-    assert load(base, adapter=folder).identity["adapter"]
-
-
-def test_an_adapter_of_zeros_is_refused(base, tmp_path):
-    with pytest.raises(DataError, match="every LoRA B is zero"):
-        load(base, adapter=save_adapter(base, tmp_path / "zero", scale=0))
-
-
-def test_an_adapter_whose_tensors_have_other_names_is_refused(base, adapter, tmp_path):
-    folder = Path(shutil.copytree(adapter, tmp_path / "renamed"))
-    rename_tensors(folder / "adapter_model.safetensors", "layers.1.", "blocks.1.")
-    with pytest.raises(DataError, match="not consumed"):
-        load(base, adapter=folder)
-
-
-def test_an_adapter_that_lacks_tensors_is_refused(base, adapter, tmp_path):
-    folder = Path(shutil.copytree(adapter, tmp_path / "part"))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    part = {name: tensor for name, tensor in tensors.items() if "layers.1." not in name}
-    save_file(part, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(DataError, match="missing"):
-        load(base, adapter=folder)
-
-
-def test_an_adapter_of_another_base_is_refused(base, adapter, tmp_path):
-    twin = save_small("qwen2_vl", tmp_path / "twin", seed=7)
-    with pytest.raises(DataError, match=r"trained on .*base"):
-        load(twin, adapter=adapter)
-
-    wide = save_small("qwen2_vl", tmp_path / "wide", hidden=64)
-    moved = Path(shutil.copytree(adapter, tmp_path / "moved"))
-    edit_json(moved / "adapter_config.json", base_model_name_or_path="/gone")
-    load(base, adapter=moved)
-    with pytest.raises(DataError, match=r"does not fit.*size mismatch"):
-        load(wide, adapter=moved)
-
-    edit_json(moved / "adapter_config.json", target_modules=["c_attn"])
-    with pytest.raises(DataError, match=r"does not fit.*c_attn"):
-        load(base, adapter=moved)
-
-
-@pytest.mark.parametrize(
-    ("damage", "says"),
-    [
-        (drop("adapter_config.json"), "no adapter_config.json"),
-        (drop("adapter_model.safetensors"), "no adapter_model.safetensors"),
-        (cut("adapter_model.safetensors", 0.9), "its header says"),
-        (lambda folder: edit_json(folder / "adapter_config.json", peft_type="IA3"), "only LoRA"),
-    ],
-)
-def test_an_unusable_adapter_is_named_with_what_is_wrong(base, adapter, tmp_path, damage, says):
-    folder = Path(shutil.copytree(adapter, tmp_path / "adapter"))
-    damage(folder)
-    with pytest.raises(DataError, match=says) as error:
-        load(base, adapter=folder)
-    assert str(folder) in str(error.value)
-
-
-def test_an_adapter_given_as_a_model_is_recognized(adapter):
-    with pytest.raises(DataError, match="an adapter, not a model"):
-        load(adapter)
