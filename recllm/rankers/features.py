@@ -30,11 +30,13 @@ class Features:
         vectors: One for each item code; float32, shape [items, width]; zero where there is none.
         present: Which items have one; bool, shape [items].
         source: Where they come from, in words.
+        cache: Where what is derived from them is kept, by fingerprint; None for nowhere.
     """
 
     vectors: np.ndarray
     present: np.ndarray
     source: str
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.vectors.ndim != 2 or self.present.shape != self.vectors.shape[:1]:
@@ -83,9 +85,8 @@ def text_features(
     embedded = stored_embeddings(folder, texts, found, device=device, progress=progress)
     if not embedded.present.any():
         raise DataError(f"{dataset.folder}: no item has a text in {source!r}, so there is nothing to embed")
-    return Features(
-        embedded.vectors, embedded.present, f"{source}, embedded by {found.name} ({found.origin})"
-    )
+    source = f"{source}, embedded by {found.name} ({found.origin})"
+    return Features(embedded.vectors, embedded.present, source, _cache(dataset))
 
 
 def image_features(
@@ -120,7 +121,7 @@ def image_features(
             rows[code] = np.mean(means, axis=0)
     if not rows:
         raise DataError(f"{dataset.folder}: no item has an image that can be read")
-    return _from_rows(rows, len(dataset.items), f"mean visual tokens of {source}")
+    return _from_rows(rows, dataset, f"mean visual tokens of {source}")
 
 
 def read_features(dataset: Dataset, path: Path, *, order: str | None = None) -> Features:
@@ -156,7 +157,7 @@ def read_features(dataset: Dataset, path: Path, *, order: str | None = None) -> 
             raise DataError(f"{path}: the vector of item {ids[code]!r} has a number that is NaN or infinite")
         if np.abs(row).max() > LARGEST:
             raise DataError(f"{path}: the vector of item {ids[code]!r} has a number beyond {LARGEST:.0e}")
-    return _from_rows(rows, len(code_of), path.name)
+    return _from_rows(rows, dataset, path.name)
 
 
 def _read_safetensors(path: Path, code_of: dict[str, int]) -> list[tuple[str, np.ndarray]]:
@@ -182,12 +183,17 @@ def _read_npy(path: Path, dataset: Dataset, order: str | None) -> list[tuple[str
     return [(item, vectors[row]) for item, row in rows_of_items(dataset, path, len(matrix), order)]
 
 
-def _from_rows(rows: dict[int, np.ndarray], items: int, source: str) -> Features:
+def _from_rows(rows: dict[int, np.ndarray], dataset: Dataset, source: str) -> Features:
+    items = len(dataset.items)
     vectors = np.zeros((items, len(next(iter(rows.values())))), dtype=np.float32)
     present = np.zeros(items, dtype=bool)
     for code, row in rows.items():
         vectors[code], present[code] = row, True
-    return Features(vectors, present, source)
+    return Features(vectors, present, source, _cache(dataset))
+
+
+def _cache(dataset: Dataset) -> Path:
+    return dataset.folder / "embeddings" / "neighbors"
 
 
 def _is_file(source: str) -> bool:

@@ -27,7 +27,6 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 
-from recllm.graphs.knn import nearest_neighbors
 from recllm.graphs.propagation import (
     SparseMatrix,
     bipartite,
@@ -42,6 +41,7 @@ from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import codes_of, compare, rows_of, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
+from recllm.rankers.item_graphs import neighbors_of
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
 from recllm.rankers.vbpr import MODALITIES, content_of, xavier_projection
@@ -131,10 +131,7 @@ class FREEDOM(PairRanker):
 
 def binary_graph(features: Features, neighbors: int) -> sparse.csr_array:
     """Returns the normalized graph of nearest items, whose edges all weigh the same; shape [I, I]."""
-    found = nearest_neighbors(
-        torch.from_numpy(features.vectors), torch.from_numpy(features.present), neighbors
-    )
-    return symmetric_normalized(found.matrix(weighted=False))
+    return symmetric_normalized(neighbors_of(features, neighbors).matrix(weighted=False))
 
 
 def prune(touched: sparse.csr_array, share: float, random: np.random.Generator) -> sparse.csr_array:

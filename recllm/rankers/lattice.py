@@ -17,7 +17,7 @@ Over the interactions, with A_ui row-normalized and with self-loops as in MMRec:
 
 Shapes: users [U, d], items [I, d], W_m f [I, features], learned edges [I, k].
 
-Learned neighbors are looked up anew each epoch and for rankings; the weights of their edges come from the
+Learned neighbors are looked up once an epoch and for rankings; the weights of their edges come from the
 projections at every step, and carry the gradient to W_m (in MMRec one step of an epoch does so). Nothing is
 items x items (MMRec holds several such matrices whole). Raw features stay frozen (MMRec trains a copy).
 Either modality alone will do; items without a modality have no edges in its graphs.
@@ -52,6 +52,7 @@ from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import compare, penalty, rows_of, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
+from recllm.rankers.item_graphs import neighbors_of
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
 from recllm.rankers.vbpr import MODALITIES, content_of, xavier_projection
@@ -140,14 +141,25 @@ class ModalityGraphs(nn.Module):
         super().__init__()
         self.projection = xavier_projection(features, config.features)
         self.k, self.frozen_share = config.neighbors, config.frozen_share
-        raw, present = self.projection.features()
-        found = nearest_neighbors(raw, present[:, 0] > 0, self.k)
+        found = neighbors_of(features, self.k)
         self.frozen = SparseMatrix(symmetric_normalized(found.matrix().maximum(0)))
         self.register_buffer("neighbors", None, persistent=False)
         self.register_buffer("owners", None, persistent=False)
+        self._looked_up: tuple[Tensor, ...] | None = None
 
     def look_up_neighbors(self) -> None:
-        """Finds the neighbors [P, k] of the P items with the modality, by their projections as they are."""
+        """Finds the neighbors [P, k] of the P items with the modality, by their projections as they are.
+
+        Nothing is computed if the weights are those of the look-up before: an epoch begins with those of the
+        validation before it.
+        """
+        weights = tuple(each.detach() for each in self.projection.parameters())
+        if self._looked_up is not None and all(
+            then.device == now.device and torch.equal(then, now)
+            for then, now in zip(self._looked_up, weights, strict=True)
+        ):
+            return
+        self._looked_up = tuple(each.clone() for each in weights)
         with torch.no_grad():
             projected = self.projection()
             found = nearest_neighbors(projected, projected.any(1), self.k)
@@ -156,7 +168,7 @@ class ModalityGraphs(nn.Module):
 
     def forward(self, items: Tensor) -> Tensor:
         """Returns A_m times the items' vectors; shape [I, d]."""
-        if self.neighbors is None or not self.training:
+        if not self.training or self.neighbors is None:
             self.look_up_neighbors()
         return self.frozen_share * self.frozen(items) + (1 - self.frozen_share) * self._learned(items)
 

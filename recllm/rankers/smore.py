@@ -38,7 +38,6 @@ from scipy import sparse
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recllm.graphs.knn import nearest_neighbors
 from recllm.graphs.propagation import (
     SparseMatrix,
     bipartite,
@@ -54,6 +53,7 @@ from recllm.rankers.batches import Batch
 from recllm.rankers.bpr import codes_of, compare, penalty, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
+from recllm.rankers.item_graphs import neighbors_of
 from recllm.rankers.layers import Dropout
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
@@ -228,7 +228,4 @@ def info_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
 
 def cosine_graph(features: Features, neighbors: int) -> sparse.csr_array:
     """Returns the normalized graph of nearest items, whose edges weigh what the cosine is; shape [I, I]."""
-    found = nearest_neighbors(
-        torch.from_numpy(features.vectors), torch.from_numpy(features.present), neighbors
-    )
-    return symmetric_normalized(found.matrix().maximum(0))
+    return symmetric_normalized(neighbors_of(features, neighbors).matrix().maximum(0))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from recllm.errors import DataError
 from recllm.graphs.knn import BLOCK
 from recllm.graphs.propagation import interaction_matrix
+from recllm.rankers import item_graphs, lattice, ranker_class
 from recllm.rankers.features import Features
 from recllm.rankers.freedom import prune
 from recllm.rankers.ranker import PairRanker
@@ -277,3 +278,77 @@ def test_smore_says_which_modality_it_misses():
     for given, missing in (("text", "--image"), ("image", "--text")):
         with pytest.raises(DataError, match=missing):
             made("smore", replace(DATA, features={given: DATA.features[given]}))
+
+
+def test_lattice_looks_up_neighbors_once_an_epoch(monkeypatch: pytest.MonkeyPatch):
+    """Validation follows an epoch, and the next epoch begins with the weights that were validated."""
+    model, counted = made("lattice"), []
+    find = lattice.nearest_neighbors
+
+    def noted(*arguments: object, **options: object):
+        counted.append(1)
+        return find(*arguments, **options)
+
+    monkeypatch.setattr(lattice, "nearest_neighbors", noted)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+    lookups = []
+    for _ in range(3):
+        model.train().begin_epoch(np.random.default_rng(0))
+        for _ in range(2):
+            optimizer.zero_grad()
+            model.loss(BATCH, BPR).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            model.vectors()
+            model.vectors()
+        lookups.append(len(counted))
+    assert lookups == [4, 6, 8]  # two modalities; the first epoch has nothing to go on from
+    with torch.no_grad():
+        model.text.projection.linear.weight.data.normal_()  # past the version counter
+        model.vectors()
+    assert len(counted) == 9
+
+
+@pytest.mark.parametrize("name", ["lattice", "freedom", "smore"])
+def test_neighbors_by_raw_features_are_found_once_and_kept(name: str, tmp_path, monkeypatch):
+    features = {key: replace(each, cache=tmp_path / "kept") for key, each in DATA.features.items()}
+    data = replace(DATA, features=features)
+    plain, first = made(name), made(name, data)
+    files = sorted((tmp_path / "kept").iterdir())
+    assert len(files) == 2
+
+    def never(*arguments: object, **options: object):
+        raise AssertionError("the neighbors were looked for again")
+
+    monkeypatch.setattr(item_graphs, "nearest_neighbors", never)
+    again = made(name, data)
+    for one, two, three in zip(plain.buffers(), first.buffers(), again.buffers(), strict=True):
+        assert torch.equal(one, two) and torch.equal(two, three)
+    text = features["text"]
+    other = replace(text, vectors=text.vectors + 1)
+    for changed in ({"text": other}, {}):
+        with pytest.raises(AssertionError, match="looked for again"):
+            chosen = {} if changed else {"neighbors": 2, "text_neighbors": 2}
+            fields = ranker_class(name).Config.__dataclass_fields__
+            chosen = {key: value for key, value in chosen.items() if key in fields}
+            made(name, replace(data, features={**features, **changed}), **chosen)
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None])
+def test_damaged_neighbors_are_found_again(damage: bytes | None, tmp_path):
+    """And a folder that cannot be made costs time only."""
+    features = replace(DATA.features["text"], cache=tmp_path / "kept")
+    expected = item_graphs.neighbors_of(features, 3)
+    (file,) = (tmp_path / "kept").iterdir()
+    if damage is None:
+        file.unlink()
+        (tmp_path / "kept").rmdir()
+        (tmp_path / "kept").write_text("a file where the folder should be")
+    else:
+        file.write_bytes(damage)
+    found = item_graphs.neighbors_of(features, 3)
+    for name in ("items", "neighbors", "cosines"):
+        assert torch.equal(getattr(found, name), getattr(expected, name))
+    if damage is not None:
+        assert file.stat().st_size > 100

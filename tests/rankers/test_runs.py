@@ -41,6 +41,7 @@ from recllm.rankers.ranking import some_lists, user_states
 from recllm.rankers.run_folder import begin_run, load_run, open_run
 from recllm.rankers.training_data import TrainingData
 from recllm.recipe_files import recipe_names, recipe_path
+from tests.rankers.worlds import tiny_split
 from tests.training.ports import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -485,6 +486,18 @@ def test_launches_that_rankers_cannot_be_trained_under_are_refused_first(
     data = TrainingData.of(split)
     with pytest.raises(DataError, match=message):
         fit(ranker_class("bert4rec")(data), data, split, FitOptions(epochs=1))
+
+
+def test_data_without_times_is_refused_before_anything_is_embedded(tmp_path: Path):
+    """HM4SR used to embed the whole catalog first."""
+    untimed = tiny_split(tmp_path / "data", timed=False)
+    for flags in ((), ("--image", "nowhere.npy", "--text", "nowhere")):
+        done = train(untimed, tmp_path / "run", *flags, ranker="hm4sr")
+        assert done.returncode != 0 and "HM4SR needs the times of interactions" in done.stderr
+    timed = tiny_split(tmp_path / "timed")
+    done = train(timed, tmp_path / "run", ranker="hm4sr")
+    assert done.returncode != 0 and "give --image" in done.stderr
+    assert not (timed.dataset.folder / "embeddings").exists()
 
 
 def test_zero_is_refused_in_a_line(split: Split, tmp_path: Path):
