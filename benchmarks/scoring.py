@@ -49,7 +49,7 @@ def make_prompts(history: int, candidate: int, count: int) -> list[Prompt]:
     prompts = []
     for row in range(count):
         tokens = np.concatenate([shared, rng.integers(300, 1000, candidate)])
-        prompts.append(Prompt(row, str(row), "", tokens, tokens, (), np.zeros(0, np.int64)))
+        prompts.append(Prompt(row, str(row), tokens, tokens, (), np.zeros(0, np.int64)))
     return prompts
 
 

@@ -112,6 +112,11 @@ class LoadedModel:
         return {}
 
     @cached_property
+    def words_of_shape(self) -> dict[Any, list[str] | None]:
+        """What the chat template writes around the texts of chats of each form so far, where it is plain."""
+        return {}
+
+    @cached_property
     def image_token_id(self) -> int:
         """The token that stands in `input_ids` once for each visual feature."""
         return self.base_model.config.image_token_id

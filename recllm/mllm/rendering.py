@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
+from recllm.mllm.plain_templates import is_plain, with_texts, words_of
 from recllm.mllm.processor import fill, join, prepare, token_kinds
+from recllm.mllm.tokens import part_tokenizer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,9 +37,15 @@ def render(loaded: LoadedModel, request: Request) -> str:
         DataError: The guard found special tokens or turn marks in a text, or the chat template refuses the
             chat.
     """
-    text = _apply_template(loaded, request.messages, request.id)
+    return render_tokens(loaded, request)[0]
+
+
+def render_tokens(loaded: LoadedModel, request: Request) -> tuple[str, np.ndarray]:
+    """Does what `render` does; returns the text and its tokens, (tokens,) int64."""
+    text = apply_template(loaded, request.messages, request.id)
+    tokens = token_array(loaded, text)
     expected = _special_tokens_of_shape(loaded, _shape_of(request.messages))
-    found = _special_tokens(loaded, text)
+    found = _special_tokens(loaded, text, tokens)
     if found != expected:
         odd = next(token for token in {**found, **expected} if found.get(token) != expected.get(token))
         what = (
@@ -48,7 +59,7 @@ def render(loaded: LoadedModel, request: Request) -> str:
         )
     if text.count(loaded.processor.image_token) != len(request.images):
         raise DataError(f"request {request.id!r}: the chat template does not show each of its images once")
-    return text
+    return text, tokens
 
 
 def encode(
@@ -116,14 +127,17 @@ def encode_expanded(loaded: LoadedModel, expanded: Sequence[str]) -> dict[str, A
 
 def count_tokens(loaded: LoadedModel, expanded: str) -> int:
     """Returns the exact length in tokens of what `expand` returned, image tokens included."""
-    return len(token_ids(loaded, expanded))
+    return len(token_array(loaded, expanded))
 
 
 def token_ids(loaded: LoadedModel, text: str) -> list[int]:
     """Returns the tokens of a text that the chat template wrote, as `encode_expanded` has them."""
-    return loaded.tokenizer(
-        text, add_special_tokens=_adds_special_tokens(loaded, text), truncation=False
-    ).input_ids
+    return token_array(loaded, text).tolist()
+
+
+def token_array(loaded: LoadedModel, text: str) -> np.ndarray:
+    """Does what `token_ids` does; returns (tokens,) int64."""
+    return part_tokenizer(loaded.tokenizer).ids(text, _adds_special_tokens(loaded, text))
 
 
 def find_turn_marks(loaded: LoadedModel) -> tuple[str, ...]:
@@ -136,7 +150,7 @@ def find_turn_marks(loaded: LoadedModel) -> tuple[str, ...]:
     roles = ("user", "assistant", "user")
     chat = [{"role": role, "content": [text_part(word)]} for role, word in zip(roles, said, strict=True)]
     try:
-        text = _apply_template(loaded, chat, "turn marks")
+        text = apply_template(loaded, chat, "turn marks")
     except DataError:  # a template that takes no answers has no turns after the first
         return ()
     pieces = re.split("|".join(said), text)[1:]
@@ -156,7 +170,7 @@ def probe_inputs(loaded: LoadedModel) -> dict[str, Any]:
 
     image = Image.linear_gradient("L").resize((112, 112)).convert("RGB")
     messages = ({"role": "user", "content": [dict(IMAGE_PART), text_part("What is in the image?")]},)
-    text = _apply_template(loaded, messages, "probe")
+    text = apply_template(loaded, messages, "probe")
     return to_model(loaded, encode_texts(loaded, [text], [[image]]))
 
 
@@ -169,12 +183,38 @@ def to_model(loaded: LoadedModel, inputs: Any) -> dict[str, Any]:
     }
 
 
-def _apply_template(loaded: LoadedModel, messages: Sequence[Message], name: str) -> str:
+def apply_template(loaded: LoadedModel, messages: Sequence[Message], name: str, opened: bool = True) -> str:
+    """Returns a chat as the chat template writes it, unguarded; see `render`.
+
+    Args:
+        loaded: The model.
+        messages: The chat.
+        name: Names the chat in errors.
+        opened: Open the assistant's turn behind it.
+    """
+    template = loaded.processor.chat_template
+    form = template, opened, (shape := _shape_of(messages))
+    if form not in loaded.words_of_shape:
+        plain = isinstance(template, str) and is_plain(template)
+        count = sum(kind == "text" for _, kinds in shape for kind in kinds)
+        loaded.words_of_shape[form] = (
+            words_of(lambda texts: _rendered(loaded, _chat_of(shape, texts), name, opened), count)
+            if plain
+            else None
+        )
+    if (words := loaded.words_of_shape[form]) is None:
+        return _rendered(loaded, messages, name, opened)
+    return with_texts(
+        words, [part["text"] for turn in messages for part in turn["content"] if "text" in part]
+    )
+
+
+def _rendered(loaded: LoadedModel, messages: Sequence[Message], name: str, opened: bool) -> str:
     from jinja2 import TemplateError
 
     try:
         return loaded.processor.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=False
+            list(messages), add_generation_prompt=opened, tokenize=False
         )
     except (TemplateError, TypeError) as error:
         raise DataError(f"request {name!r}: the model's chat template refuses the chat: {error}") from None
@@ -186,28 +226,34 @@ def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:
 
 
 def _tokens(loaded: LoadedModel, text: str) -> list[int]:
-    return loaded.tokenizer(text, add_special_tokens=False).input_ids
+    return part_tokenizer(loaded.tokenizer).ids(text, special=False).tolist()
 
 
-def _special_tokens(loaded: LoadedModel, text: str) -> dict[int | str, int]:
+def _special_tokens(loaded: LoadedModel, text: str, tokens: np.ndarray) -> dict[int | str, int]:
     """How often each special token stands in a text, by its id, and each turn mark, by its spelling."""
-    counts = Counter(token_ids(loaded, text))
-    marks = {mark: count for mark in loaded.turn_marks if (count := text.count(mark))}
-    return {token: count for token, count in counts.items() if token in loaded.special_token_ids} | marks
+    known = loaded.special_token_ids
+    near = tokens[(tokens >= min(known)) & (tokens <= max(known))]  # mostly far from a vocabulary's words
+    counts = {token: count for token, count in Counter(near.tolist()).items() if token in known}
+    return counts | {mark: count for mark in loaded.turn_marks if (count := text.count(mark))}
 
 
 def _special_tokens_of_shape(loaded: LoadedModel, shape: Shape) -> dict[int | str, int]:
     if shape not in loaded.special_tokens_of_shape:
-        messages = [
-            {
-                "role": role,
-                "content": [text_part("x") if kind == "text" else dict(IMAGE_PART) for kind in kinds],
-            }
-            for role, kinds in shape
-        ]
-        text = _apply_template(loaded, messages, "x")
-        loaded.special_tokens_of_shape[shape] = _special_tokens(loaded, text)
+        messages = _chat_of(shape, repeat("x"))
+        text = apply_template(loaded, messages, "x")
+        loaded.special_tokens_of_shape[shape] = _special_tokens(loaded, text, token_array(loaded, text))
     return loaded.special_tokens_of_shape[shape]
+
+
+def _chat_of(shape: Shape, texts: Iterable[str]) -> list[Message]:
+    left = iter(texts)
+    return [
+        {
+            "role": role,
+            "content": [text_part(next(left)) if kind == "text" else dict(IMAGE_PART) for kind in kinds],
+        }
+        for role, kinds in shape
+    ]
 
 
 def _shape_of(messages: Sequence[Message]) -> Shape:

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from recllm.builders.instruction_rows import request_of
+import numpy as np
+
 from recllm.errors import DataError
-from recllm.mllm.images import ImageError, image_size
-from recllm.mllm.rendering import expand, render, token_ids
+from recllm.mllm.chat import Request
+from recllm.mllm.image_slots import ImageSlots
+from recllm.mllm.images import ImageError, image_size, resolve_image
+from recllm.mllm.rendering import apply_template, render_tokens, token_array
+from recllm.mllm.scoring.prompts import messages_of
+from recllm.mllm.tokens import part_tokenizer
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
@@ -35,55 +40,79 @@ class Conversation:
     images: tuple[Path, ...]
 
 
-def encode_conversation(loaded: LoadedModel, row: Mapping[str, Any], folder: Path) -> Conversation:
-    """Returns an instruction row in tokens; of its images only the headers are read.
-
-    The prompt's tokens are exactly those that the model sees when it is asked, and all tokens together those
-    of the template's rendering of the whole conversation. Where the template ends an answer without a token
-    that ends it (LLaVA-1.5's), the tokenizer's end token replaces the white space behind the answer, so that
-    the model learns to end.
+class ConversationEncoder:
+    """Turns instruction rows into tokens; of each image only the header is read, once.
 
     Args:
         loaded: The model.
-        row: A row of `instructions/<name>/<part>.parquet`.
         folder: The dataset folder.
-
-    Raises:
-        DataError: A text holds special tokens, an image cannot be read, the template writes the prompt in
-            another way when an answer follows, or the row is longer than the model's positions.
     """
-    request = request_of(row, folder)
-    completion = _completion_messages(row)
-    _check_plain(loaded, request.id, completion)
-    prompt_text = render(loaded, request)
-    text = loaded.processor.apply_chat_template([*request.messages, *completion], tokenize=False)
-    if not text.startswith(prompt_text):
-        raise DataError(
-            f"sample {request.id!r}: the chat template writes the prompt in another way when an answer "
-            "follows, so the model would be trained on a prompt that it is never asked"
-        )
-    try:
-        sizes = [image_size(path) for path in request.images]
-    except ImageError as error:
-        raise DataError(f"sample {request.id!r}: {error}") from None
-    expanded = expand(loaded, prompt_text, sizes)
-    prompt = token_ids(loaded, expanded)
-    answer = text[len(prompt_text) :]  # which has no images
-    tokens = token_ids(loaded, expanded + answer)
-    if loaded.tokenizer.eos_token_id is not None and not _ends(loaded, tokens[len(prompt) :]):
-        tokens = [*token_ids(loaded, expanded + answer.rstrip()), loaded.tokenizer.eos_token_id]
-    if tokens[: len(prompt)] != prompt:
-        raise DataError(
-            f"sample {request.id!r}: the first token of the completion swallows the end of the prompt; start "
-            "the completion with another character"
-        )
-    if len(tokens) > loaded.max_positions:
-        raise DataError(
-            f"sample {request.id!r}: {len(tokens):,} tokens, but the model takes {loaded.max_positions:,}; "
-            "nothing is cut: build the instructions with --max-prompt-tokens, or allow fewer --max-pixels"
-        )
-    end = _end_of_turn(loaded, tokens, len(prompt))
-    return Conversation(request.id, tokens, len(prompt), end, request.images)
+
+    def __init__(self, loaded: LoadedModel, folder: Path) -> None:
+        self._loaded, self._folder = loaded, folder
+        self._slots = ImageSlots(loaded)
+        self._images: dict[str, tuple[Path, tuple[int, int]]] = {}
+
+    def encode(self, row: Mapping[str, Any]) -> Conversation:
+        """Returns an instruction row in tokens.
+
+        The prompt's tokens are exactly those that the model sees when it is asked, and all tokens together
+        those of the template's rendering of the whole conversation. Where the template ends an answer without
+        a token that ends it (LLaVA-1.5's), the tokenizer's end token replaces the white space behind the
+        answer, so that the model learns to end.
+
+        Args:
+            row: A row of `instructions/<name>/<part>.parquet`.
+
+        Raises:
+            DataError: A text holds special tokens, an image cannot be read, the template writes the prompt in
+                another way when an answer follows, or the row is longer than the model's positions.
+        """
+        loaded, name = self._loaded, row["id"]
+        try:
+            images = [self._image(path) for path in row["images"]]
+        except ImageError as error:
+            raise DataError(f"sample {name!r}: {error}") from None
+        request = Request(name, messages_of(row), tuple(file for file, _ in images))
+        completion = _completion_messages(row)
+        _check_plain(loaded, name, completion)
+        prompt_text, prompt = render_tokens(loaded, request)
+        text = apply_template(loaded, [*request.messages, *completion], name, opened=False)
+        if not text.startswith(prompt_text):
+            raise DataError(
+                f"sample {name!r}: the chat template writes the prompt in another way when an answer "
+                "follows, so the model would be trained on a prompt that it is never asked"
+            )
+        sizes = [size for _, size in images]
+        prompt = self._slots.tokens(prompt_text, prompt, sizes)
+        tokens = self._slots.tokens(text, token_array(loaded, text), sizes)  # a completion has no images
+        if loaded.tokenizer.eos_token_id is not None and not _ends(loaded, tokens[len(prompt) :]):
+            text = prompt_text + text[len(prompt_text) :].rstrip()
+            tokens = self._slots.tokens(text, token_array(loaded, text), sizes)
+            tokens = np.append(tokens, loaded.tokenizer.eos_token_id)
+        if not np.array_equal(tokens[: len(prompt)], prompt):
+            raise DataError(
+                f"sample {name!r}: the first token of the completion swallows the end of the prompt; start "
+                "the completion with another character"
+            )
+        if len(tokens) > loaded.max_positions:
+            raise DataError(
+                f"sample {name!r}: {len(tokens):,} tokens, but the model takes {loaded.max_positions:,}; "
+                "nothing is cut: build the instructions with --max-prompt-tokens, or allow fewer --max-pixels"
+            )
+        end = _end_of_turn(loaded, tokens, len(prompt))
+        return Conversation(name, tokens.tolist(), len(prompt), end, request.images)
+
+    def _image(self, path: str) -> tuple[Path, tuple[int, int]]:
+        if path not in self._images:
+            file = resolve_image(self._folder, path)
+            self._images[path] = file, image_size(file)
+        return self._images[path]
+
+
+def encode_conversation(loaded: LoadedModel, row: Mapping[str, Any], folder: Path) -> Conversation:
+    """Returns one instruction row in tokens, see `ConversationEncoder.encode`."""
+    return ConversationEncoder(loaded, folder).encode(row)
 
 
 def _completion_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -100,8 +129,8 @@ def _completion_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _check_plain(loaded: LoadedModel, name: str, messages: Sequence[Mapping[str, Any]]) -> None:
     for turn in messages:
         for part in turn["content"]:
-            tokens = loaded.tokenizer(part["text"], add_special_tokens=False).input_ids
-            found = loaded.special_token_ids.intersection(tokens)
+            tokens = part_tokenizer(loaded.tokenizer).ids(part["text"], special=False)
+            found = loaded.special_token_ids.intersection(tokens.tolist())
             if found:
                 raise DataError(
                     f"sample {name!r}: the completion holds the special token "
@@ -115,11 +144,11 @@ def _check_plain(loaded: LoadedModel, name: str, messages: Sequence[Mapping[str,
                 )
 
 
-def _ends(loaded: LoadedModel, tokens: Sequence[int]) -> bool:
-    return any(token in loaded.stop_token_ids for token in tokens)
+def _ends(loaded: LoadedModel, tokens: np.ndarray) -> bool:
+    return bool(np.isin(tokens, loaded.stop_token_ids).any())
 
 
-def _end_of_turn(loaded: LoadedModel, tokens: list[int], start: int) -> int:
+def _end_of_turn(loaded: LoadedModel, tokens: np.ndarray, start: int) -> int:
     """Returns the place behind the completion's first stop token; behind all tokens where there is none."""
     for place in range(start, len(tokens)):
         if tokens[place] in loaded.stop_token_ids:

@@ -87,4 +87,4 @@ def _prompt(
     contents, ends = contents_of(
         tokens, image_token, [numbers[path] for path in images], [features[path] for path in images]
     )
-    return Prompt(place, row["id"], "", tokens, contents, tuple(row["images"]), ends)
+    return Prompt(place, row["id"], tokens, contents, tuple(row["images"]), ends)

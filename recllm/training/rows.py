@@ -16,7 +16,7 @@ from recllm.errors import DataError
 from recllm.files import read_json, write_file
 from recllm.mllm.ranks import rank
 from recllm.progress import Progress
-from recllm.training.conversations import encode_conversation
+from recllm.training.conversations import ConversationEncoder
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,7 +82,7 @@ def training_rows(
         for neighboring rows about one user at one time, whose prompts mostly begin alike.
 
     Raises:
-        DataError: As `recllm.training.conversations.encode_conversation`; or there are no rows.
+        DataError: As `recllm.training.conversations.ConversationEncoder.encode`; or there are no rows.
     """
     from datasets import Dataset, disable_progress_bars
 
@@ -116,10 +116,11 @@ def _write_tokens(path: Path, loaded: LoadedModel, table: pl.DataFrame, folder: 
         pa.ipc.new_stream(path, schema) as writer,
         Progress(total=len(table), desc="tokens", unit="row", disable=rank() > 0) as bar,
     ):
+        encoder = ConversationEncoder(loaded, folder)
         for block in table.iter_slices(_BLOCK):
             rows = []
             for row in block.iter_rows(named=True):
-                each = encode_conversation(loaded, row, folder)
+                each = encoder.encode(row)
                 rows.append(
                     {
                         "id": each.id,

@@ -13,9 +13,9 @@ import numpy as np
 from recllm.errors import DataError
 from recllm.files import sha256
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
+from recllm.mllm.image_slots import ImageSlots
 from recllm.mllm.images import ImageError, image_size, map_in_threads, resolve_image
-from recllm.mllm.processor import count_tokens, fill
-from recllm.mllm.rendering import render
+from recllm.mllm.rendering import render_tokens
 
 if TYPE_CHECKING:
     import polars as pl
@@ -36,7 +36,6 @@ class Prompt:
     Attributes:
         row: Its place in the table.
         id: Its name, for errors.
-        expanded: Its text with as many image tokens as the images take.
         tokens: (tokens,) int64, what the model reads.
         contents: (tokens,) int64, as `tokens`, but an image's tokens are a negative number that stands for
             its content: equal only where the image is.
@@ -46,7 +45,6 @@ class Prompt:
 
     row: int
     id: str
-    expanded: str
     tokens: np.ndarray
     contents: np.ndarray
     images: tuple[str, ...]
@@ -159,7 +157,7 @@ class PromptReader:
         self._loaded, self._folder, self._sizes, self._key_of = loaded, folder, sizes, key_of
         self._known: dict[str, tuple[str, int]] = {}  # image path -> its key, and the number of its content
         self._numbers: dict[str, int] = {}
-        self._slots: dict[tuple[int, int], tuple[str, int]] = {}
+        self._slots = ImageSlots(loaded)
         self.paths: dict[str, Path] = {}
         """A file of each image key met so far."""
 
@@ -171,32 +169,19 @@ class PromptReader:
         """
         loaded = self._loaded
         images = content["images"]
-        request = Request(content["id"], messages_of(content), tuple(self._folder / path for path in images))
-        expanded = self._expand(render(loaded, request), images)
-        bos = loaded.tokenizer.bos_token
-        special = bos is None or not expanded.startswith(bos)  # as rendering does: the template wrote it
-        tokens = np.array(loaded.tokenizer(expanded, add_special_tokens=special).input_ids, np.int64)
+        known = [self._image(path) for path in images]
+        request = Request(content["id"], messages_of(content), tuple(self.paths[key] for key, _ in known))
+        text, tokens = render_tokens(loaded, request)
+        sizes = [self._sizes[path] for path in images]
+        tokens = self._slots.tokens(text, tokens, sizes)
         if len(tokens) > loaded.max_positions:
             raise DataError(
                 f"sample {request.id!r}: its prompt has {len(tokens):,} tokens, but the model takes "
                 f"{loaded.max_positions:,}; build the instructions with --max-prompt-tokens"
             )
-        known = [self._image(path) for path in images]
-        counts = [self._slot(self._sizes[path])[1] for path in images]
-        numbers = [number for _, number in known]
+        numbers, counts = [number for _, number in known], [self._slots.features(size) for size in sizes]
         contents, ends = contents_of(tokens, loaded.image_token_id, numbers, counts)
-        return Prompt(row, request.id, expanded, tokens, contents, tuple(key for key, _ in known), ends)
-
-    def _expand(self, text: str, images: Sequence[str]) -> str:
-        return fill(self._loaded.processor, text, [self._slot(self._sizes[path])[0] for path in images])
-
-    def _slot(self, size: tuple[int, int]) -> tuple[str, int]:
-        """What stands for an image of a size, and how many visual features it has room for."""
-        if size not in self._slots:
-            loaded = self._loaded
-            text = loaded.images.text(*size)
-            self._slots[size] = text, count_tokens(loaded.processor, text, loaded.image_token_id)
-        return self._slots[size]
+        return Prompt(row, request.id, tokens, contents, tuple(key for key, _ in known), ends)
 
     def _image(self, path: str) -> tuple[str, int]:
         if path not in self._known:
