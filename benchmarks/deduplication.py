@@ -17,10 +17,11 @@ from recllm.builders.histories import Histories
 from recllm.builders.items import image_requests
 from recllm.cli import main as recllm
 from recllm.data.dataset import Dataset
+from recllm.data.image_hashes import ImageHashes
 from recllm.data.splits import Split
 from recllm.files import write_json
 from recllm.mllm.chat import Decoding
-from recllm.mllm.store import ImageHashes, request_key
+from recllm.mllm.store import request_key
 from recllm.prompts.mllm_srec import VIU
 from recllm.runs import describe_machine, describe_run
 

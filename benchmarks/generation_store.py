@@ -122,10 +122,11 @@ def beside_a_model(name, count, rounds, length):
     """Returns the seconds of three ways to answer the same requests, medians, and their ratios."""
     import torch
 
+    from recllm.data.image_hashes import ImageHashes
     from recllm.mllm.generation.in_process import InProcessBackend
     from recllm.mllm.generation.run import generate
     from recllm.mllm.loading import load
-    from recllm.mllm.store import GenerationStore, ImageHashes, request_key
+    from recllm.mllm.store import GenerationStore, request_key
 
     loaded = load(name, dtype="float32")
     backend, decoding, hashes = InProcessBackend(loaded), Decoding(max_new_tokens=length), ImageHashes()

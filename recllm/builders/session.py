@@ -15,11 +15,12 @@ from recllm.builders.options import ModelOptions, check_least, check_plain
 from recllm.builders.texts import check_free, describe_template, text_path
 from recllm.builders.unused import check_used
 from recllm.data.dataset import Dataset
+from recllm.data.image_hashes import ImageHashes
 from recllm.errors import DataError
 from recllm.mllm.chat import Backend, Decoding, Request, Result
 from recllm.mllm.generation.run import Generated, generate
 from recllm.mllm.ranks import rank
-from recllm.mllm.store import GenerationStore, ImageHashes, request_key
+from recllm.mllm.store import GenerationStore, request_key
 from recllm.mllm.texts import write_texts
 from recllm.prompts import TEMPLATES
 from recllm.prompts.templates import Template, load_templates
@@ -87,7 +88,8 @@ class Session:
 
     def answer(self, name: str, requests: Iterable[Request], decoding: Decoding) -> Generated:
         """Answers requests through the store; see `recllm.mllm.generation.run.generate`."""
-        return generate(requests, self.backend, self.store, decoding, progress=name)
+        hashes = ImageHashes(self.dataset.folder)
+        return generate(requests, self.backend, self.store, decoding, progress=name, image_hashes=hashes)
 
     def write(
         self,
@@ -186,7 +188,7 @@ class Session:
     ) -> None:
         """Prints what is to do, from the first requests: how many differ, how many are answered already."""
         looked_at = list(itertools.islice(requests, _LOOKED_AT))
-        keys, hashes = set(), ImageHashes()
+        keys, hashes = set(), ImageHashes(self.dataset.folder)
         for request in looked_at:
             with contextlib.suppress(OSError):  # an unreadable image: the run names it
                 keys.add(request_key(self.backend.identity, decoding, request, hashes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from recllm.data import schema
+from recllm.data.checked import Note
 from recllm.data.coding import UNKNOWN, encode
 from recllm.data.derived import dataset_folder
 from recllm.data.image_files import check_image_paths
@@ -52,8 +54,10 @@ class Dataset:
         Args:
             folder: The folder.
             validate: Check hashes, types, unique ids, that every interaction's user and item exist, times,
-                and that every image is a plain file inside the folder. Without it only the manifest and the
-                file sizes are checked, which is for folders that this process has just opened or written.
+                and that every image is a plain file inside the folder. What was found valid once is not
+                checked again while sizes and time stamps of tables and image folders stay the same (see
+                `recllm.data.checked`). Without it only the manifest and the file sizes are checked, which is
+                for folders that this process has just opened or written.
 
         Raises:
             DataError: The folder is not a complete dataset; the message names the file, and the row or id.
@@ -64,6 +68,9 @@ class Dataset:
             raise DataError(
                 f"{folder / MANIFEST}: format {manifest.get('format')!r}, expected {FORMAT}; import it again"
             )
+        note = Note.read(folder, manifest)
+        begun = time.time_ns()
+        validate = validate and not note.holds()
         for name in schema.TABLES:
             _check_file(
                 folder / f"{name}.parquet", manifest.get("files", {}).get(f"{name}.parquet"), validate
@@ -76,6 +83,7 @@ class Dataset:
         )
         if validate:
             dataset.validate()
+            note.write(dataset.items["images"], begun)
         return dataset
 
     @property

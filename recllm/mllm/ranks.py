@@ -53,6 +53,12 @@ def sum_over_ranks(numbers: Sequence[int]) -> list[int]:
     import torch
 
     sums = torch.tensor(list(numbers), dtype=torch.int64)
+    _reduce(sums)
+    return sums.tolist()
+
+
+def _reduce(sums: Any) -> None:
+    """Adds the other ranks' numbers to a tensor."""
     try:
         work = _group().allreduce([sums])
         while not work.is_completed():  # a wait inside torch would not hear Ctrl-C
@@ -63,7 +69,18 @@ def sum_over_ranks(numbers: Sequence[int]) -> list[int]:
             f"rank {rank()} of {world_size()}: another rank has ended before its work was done; its own "
             "message says why. What was generated is kept: run the same command again."
         ) from error
-    return sums.tolist()
+
+
+def sum_bytes_over_ranks(own: bytearray) -> bytearray:
+    """Does what `sum_over_ranks` does for bytes of equal number, of which only one rank's is not zero."""
+    if world_size() == 1:
+        return own
+    import torch
+
+    sums = torch.frombuffer(bytearray(own), dtype=torch.uint8) if own else torch.empty(0, dtype=torch.uint8)
+    if len(sums):
+        _reduce(sums)
+    return bytearray(sums.numpy().tobytes())
 
 
 @cache

@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,31 +42,6 @@ from recllm.mllm.store_shards import (
 _MANIFEST = {"format": "recllm generation store", "version": 1}
 _LINES_AT_ONCE = 1_000_000
 _READ_AT_ONCE = 4096
-
-
-class ImageHashes:
-    """SHA-256 of image files, each file read once as long as its size and time stamp stay the same.
-
-    Args:
-        limit: Files whose hash is remembered.
-    """
-
-    def __init__(self, limit: int = 65_536) -> None:
-        self._of_version = lru_cache(limit)(_hash_file)
-
-    def __call__(self, path: Path) -> str:
-        """Returns the hash in hex.
-
-        Raises:
-            OSError: The file is missing or cannot be read.
-        """
-        found = os.stat(path)  # noqa: PTH116 - a third of the time of Path.stat
-        return self._of_version(os.fspath(path), found.st_size, found.st_mtime_ns, found.st_ino)
-
-
-def _hash_file(path: str, *version: int) -> str:
-    with open(path, "rb") as file:  # noqa: PTH123
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def request_key(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
@@ -19,7 +20,7 @@ from polars.testing import assert_frame_equal
 
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Decoding, Request, Result, message, text_part
-from recllm.mllm.generation.run import generate
+from recllm.mllm.generation.run import _of_all_ranks, generate
 from recllm.mllm.store import GenerationStore
 from recllm.mllm.texts import read_texts, write_texts
 from tests.mllm.programs import null_run
@@ -174,18 +175,65 @@ def test_an_image_that_cannot_be_read_fails_alone_and_is_tried_again(tmp_path: P
     assert not list(generated.errors()) and model.asked == ["r0", "a"]
 
 
-def test_ranks_share_the_work_by_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def shares_of_ranks(
+    requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int = 3
+) -> list[list[str]]:
+    """Runs rank after rank in this process; returns what each was asked."""
     monkeypatch.setattr("recllm.mllm.ranks.connect", lambda: None)
     monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", list)
-    requests, shares = ask(*map(str, range(90))), []
-    for rank in range(3):
+    monkeypatch.setattr("recllm.mllm.generation.run._of_all_ranks", lambda keys, ids: keys)
+    shares = []
+    for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "3")
+        monkeypatch.setenv("WORLD_SIZE", str(world))
         model = Model()
-        run(requests, model, tmp_path / str(rank))
-        shares.append(set(model.asked))
+        run(requests, model, tmp_path / f"of-{rank}")
+        shares.append(model.asked)
+    return shares
+
+
+def test_ranks_share_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = [set(each) for each in shares_of_ranks(ask(*map(str, range(90))), tmp_path, monkeypatch)]
     assert sum(map(len, shares)) == 90 and len(set.union(*shares)) == 90
     assert all(15 < len(share) < 45 for share in shares)
+
+
+def test_a_rank_hashes_the_images_of_its_share_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(0)
+    for number in range(60):
+        content = rng.randbytes(300) if number % 2 else rng.randbytes(rng.randrange(200, 400))
+        (tmp_path / f"{number}.png").write_bytes(content)
+        (tmp_path / f"copy-{number}.png").write_bytes(content)
+    parts = [text_part("Describe the image."), dict(IMAGE_PART)]
+    requests = [
+        Request(f"{name}{number}", ({"role": "user", "content": parts},), (tmp_path / f"{name}{number}.png",))
+        for name in ("", "copy-")
+        for number in range(60)
+    ]
+    hashed: Counter[str] = Counter()
+    digest = hashlib.file_digest
+
+    def counting(file, name):
+        hashed[Path(file.name).name] += 1
+        return digest(file, name)
+
+    monkeypatch.setattr("recllm.data.image_hashes.hashlib.file_digest", counting)
+    shares = shares_of_ranks(requests, tmp_path, monkeypatch)
+    assert len(hashed) == 120 and set(hashed.values()) == {1}  # by one rank, not by each
+    assert sorted(itertools.chain(*shares)) == sorted(str(number) for number in range(60))  # copies never
+    assert all(8 < len(share) < 35 for share in shares)
+
+
+def test_ranks_that_are_given_different_requests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    own, none = bytes([1]) * 32, bytes(32)
+    monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", lambda numbers: [3])
+    with pytest.raises(RuntimeError, match="another number"):
+        _of_all_ranks(bytearray(own + own), ["a", "b"])
+    monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", lambda numbers: [4])
+    monkeypatch.setattr("recllm.mllm.ranks.sum_bytes_over_ranks", lambda keys: keys)
+    with pytest.raises(RuntimeError, match="request 'b' was taken by no rank"):
+        _of_all_ranks(bytearray(own + none), ["a", "b"])
 
 
 # ----------------------------------------------------------------------------------------------------- texts

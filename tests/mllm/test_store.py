@@ -16,10 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recllm.data.image_hashes import ImageHashes
 from recllm.errors import BusyError, DataError
 from recllm.mllm import store_index, store_shards
 from recllm.mllm.chat import IMAGE_PART, Decoding, Request, Result, message, text_part
-from recllm.mllm.store import GenerationStore, ImageHashes, request_key
+from recllm.mllm.store import GenerationStore, request_key
 from recllm.mllm.store_commands import ExportOptions, StatsOptions, VerifyOptions, export, stats, verify
 from recllm.mllm.store_shards import decode_line, encode_line, to_result
 

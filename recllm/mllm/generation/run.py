@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,13 +11,16 @@ from itertools import islice
 
 import numpy as np
 
+from recllm.data.image_hashes import ImageHashes
 from recllm.mllm import ranks
 from recllm.mllm.chat import Backend, Decoding, Request, Result
-from recllm.mllm.store import GenerationStore, ImageHashes, StoreWriter, request_key
+from recllm.mllm.store import GenerationStore, StoreWriter, request_key
 from recllm.progress import Progress
 
 KEY_SIZE = 32
 _AT_ONCE = 4096
+_NO_KEY = bytes(KEY_SIZE)
+_TAIL = 64
 
 
 @dataclass(frozen=True)
@@ -92,14 +97,15 @@ def generate(
     *,
     window: int = 2048,
     progress: str | None = "generating",
+    image_hashes: ImageHashes | None = None,
 ) -> Generated:
     """Answers requests, from the store where it can and by the model where it must.
 
     Every batch is in the store before the model goes on, so a run that was killed continues where it was when
     the same is run again, with any number of ranks. Equal content is generated once, and a request that
-    failed is tried once a run. Under `accelerate launch` every rank is given the same requests and generates
-    its share; all return when all are done, with the results of all. Two separate runs that share a store at
-    the same time are safe, but may both generate what both need.
+    failed is tried once a run. Under `accelerate launch` every rank is given the same requests, hashes
+    and generates its share, and returns when all are done, with the results of all. Two separate runs that
+    share a store at the same time are safe, but may both generate what both need.
 
     Args:
         requests: Read once, as a stream; ids, keys and prompt hashes are all that is kept (about 50 bytes a
@@ -109,12 +115,15 @@ def generate(
         decoding: Decoding settings.
         window: Requests handed to the backend at a time, which may sort them by length.
         progress: What the progress bar is called; None for no bar.
+        image_hashes: Hashes the images; None hashes each once in this run.
 
     Raises:
         DataError: What the backend or the store raises for the job as a whole; finished batches are kept.
-        RuntimeError: The backend broke its contract, or another rank ended.
+        RuntimeError: The backend broke its contract, another rank ended, or the ranks were not given the same
+            requests and images.
     """
     ranks.connect()
+    hashes = ImageHashes() if image_hashes is None else image_hashes
     ids: list[str] = []
     keys, prompts = bytearray(), array("Q")
     total = len(requests) if hasattr(requests, "__len__") else None
@@ -125,7 +134,7 @@ def generate(
             desc=progress, total=total, unit="request", disable=silent, smoothing=0.1, leave=False
         ) as bar,
     ):
-        run = _Run(backend, store, writer, decoding, bar)
+        run = _Run(backend, store, writer, decoding, bar, hashes)
         stream = iter(requests)
         while chunk := list(islice(stream, window)):
             ids.extend(request.id for request in chunk)
@@ -134,6 +143,8 @@ def generate(
             while len(run.waiting) >= window:
                 run.answer(window)
         run.answer(window)
+    hashes.save()
+    keys = _of_all_ranks(keys, ids)
     generated, failed = ranks.sum_over_ranks([run.generated, len(run.failed)])
     store.refresh()
     unique = len(np.unique(np.frombuffer(keys, f"S{KEY_SIZE}")))
@@ -151,34 +162,45 @@ class _Run:
         writer: StoreWriter,
         decoding: Decoding,
         bar: Progress,
+        image_hashes: ImageHashes,
     ) -> None:
         self.backend, self.store, self.writer, self.decoding = backend, store, writer, decoding
         self.bar = bar
         self.rank, self.world = ranks.rank(), ranks.world_size()
-        self.image_hashes = ImageHashes()
+        self.image_hashes = image_hashes
         self.waiting: dict[bytes, Request] = {}
         self.failed: set[bytes] = set()
         self.generated = 0
 
     def take(self, chunk: list[Request]) -> bytes:
-        """Puts this rank's new requests among the waiting ones; returns the keys of all of them."""
+        """Puts this rank's new requests among the waiting ones.
+
+        Returns:
+            The keys of this rank's requests, and zeros in place of the others', which it does not hash.
+        """
+        mine = [request for request in chunk if self._is_mine(request)]
+        self.bar.update(len(chunk) - len(mine))
         keys, unreadable = [], {}
-        for request in chunk:
+        for request in mine:
             try:
                 key = request_key(self.backend.identity, self.decoding, request, self.image_hashes)
             except OSError as error:
                 key = request_key(self.backend.identity, self.decoding, request, _hash_path)
                 unreadable[key] = f"image: {error.filename} cannot be read: {error.strerror}"
             keys.append(key)
-        for request, key, missing in zip(chunk, keys, self.store.missing(keys), strict=True):
-            if missing and key not in self.waiting and key not in self.failed and self._is_mine(key):
+        for request, key, missing in zip(mine, keys, self.store.missing(keys), strict=True):
+            if missing and key not in self.waiting and key not in self.failed:
                 if key in unreadable:
                     self._keep([Result.failed(key, unreadable[key])], [request.id])
                 else:
                     self.waiting[key] = request
                     continue
             self.bar.update()
-        return b"".join(keys)
+        of_mine = dict(zip(map(id, mine), keys, strict=True))
+        return b"".join(of_mine.get(id(request), _NO_KEY) for request in chunk)
+
+    def _is_mine(self, request: Request) -> bool:
+        return self.world == 1 or share_of(request) % self.world == self.rank
 
     def answer(self, most: int) -> None:
         """Has the backend answer the requests that wait longest; each batch is stored as it comes."""
@@ -208,8 +230,39 @@ class _Run:
         self.failed.update(failed)
         self.generated += len(results) - len(failed)
 
-    def _is_mine(self, key: bytes) -> bool:
-        return int.from_bytes(key[:8], "big") % self.world == self.rank
+
+def share_of(request: Request) -> int:
+    """Returns a number that is the same for requests of equal content, without reading whole images.
+
+    It decides which rank takes a request: equal images have the same size and the same last bytes.
+    """
+    digest = hashlib.blake2b(request.prompt_hash.encode(), digest_size=8)
+    for path in request.images:
+        try:
+            with open(path, "rb") as file:  # noqa: PTH123
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - _TAIL))
+                digest.update(size.to_bytes(8, "big") + file.read(_TAIL))
+        except OSError:
+            digest.update(os.fsencode(path))
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _of_all_ranks(keys: bytearray, ids: list[str]) -> bytearray:
+    """Returns the keys of all requests, of which each rank has those of its own."""
+    world = ranks.world_size()
+    if world == 1:
+        return keys
+    (total,) = ranks.sum_over_ranks([len(ids)])
+    if total != world * len(ids):
+        raise RuntimeError(f"rank {ranks.rank()} was given {len(ids)} requests, other ranks another number")
+    merged = ranks.sum_bytes_over_ranks(keys)
+    for number, request in enumerate(ids):
+        if merged[KEY_SIZE * number : KEY_SIZE * (number + 1)] == _NO_KEY:
+            raise RuntimeError(
+                f"request {request!r} was taken by no rank: the ranks do not see the same requests and images"
+            )
+    return merged
 
 
 def _hash_path(path: object) -> str:

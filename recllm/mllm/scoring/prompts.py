@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from recllm.data.image_hashes import ImageHashes
 from recllm.errors import DataError
-from recllm.files import sha256
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
 from recllm.mllm.image_slots import ImageSlots
 from recllm.mllm.images import ImageError, image_size, map_in_threads, resolve_image
@@ -128,13 +128,17 @@ def image_sizes(rows: pl.DataFrame, folder: Path, workers: int = 2) -> dict[str,
 def digest_of_images(rows: pl.DataFrame, folder: Path, workers: int = 2) -> str:
     """Returns a hash of the contents of all images of the rows; what is no file counts as such."""
 
+    hashes = ImageHashes(folder)
+
     def content(path: str) -> str:
         file = resolve_image(folder, path)
-        return f"{path} {sha256(file) if file.is_file() else None}"
+        return f"{path} {hashes(file) if file.is_file() else None}"
 
     shown = rows["images"].explode(empty_as_null=True).drop_nulls().unique().sort()
     lines = (line for _, line in map_in_threads(content, shown, workers))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    hashes.save()
+    return digest
 
 
 class PromptReader:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
+from recllm.data.image_hashes import ImageHashes
 from recllm.errors import DataError
 from recllm.mllm.chat import Decoding, Message, Request, text_part
 from recllm.mllm.generation.run import generate
@@ -46,6 +47,7 @@ def with_generated_steps(
     """
     chats = [list(messages_of(row)) for row in rows.select("prompt").iter_rows(named=True)]
     images = rows["images"].to_list()
+    hashes = ImageHashes(folder)
     step = 0
     while waiting := [
         (row, turn) for row, chat in enumerate(chats) if (turn := _answer(chat, step)) is not None
@@ -60,7 +62,12 @@ def with_generated_steps(
             keys.append(key)
             requests.setdefault(key, request)
         generated = generate(
-            list(requests.values()), backend, store, Decoding(max_new_tokens), progress=f"step {step + 1}"
+            list(requests.values()),
+            backend,
+            store,
+            Decoding(max_new_tokens),
+            progress=f"step {step + 1}",
+            image_hashes=hashes,
         )
         texts = {}
         for key, (name, result) in zip(requests, generated.results(), strict=True):
