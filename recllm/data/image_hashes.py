@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,9 @@ class ImageHashes:
         if self._folder is not None:
             self._roots = tuple({os.path.join(each, "") for each in (folder, os.path.realpath(folder))})  # noqa: PTH118
             self._known = _read(self._folder / CACHE)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ImageHashes, (self._folder,)  # what a worker process learns stays there
 
     def __call__(self, path: Path) -> str:
         """Returns the hash in hex.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,10 @@ from recllm.mllm.visual_journal import BITS, DTYPES, INDEX, MANIFEST, TOKENS, Jo
 from recllm.mllm.visual_tower import VisionTower, store_identity, unwrapped
 from recllm.progress import Progress
 from recllm.runs import describe_run
+
+
+class NoUsableImage(DataError):
+    """A visual store would have no image."""
 
 
 def image_key(path: Path) -> str:
@@ -123,7 +127,9 @@ def build_visual_store(
         if batch:
             journal.append(tower.encode(batch))
         if not done:
-            raise DataError(f"{out}: none of {files} images can be used; {next(iter(unusable.values()), '')}")
+            raise NoUsableImage(
+                f"{out}: none of {files} images can be used; {next(iter(unusable.values()), '')}"
+            )
         manifest = {
             "kind": "visual store",
             **head,
@@ -140,14 +146,18 @@ def build_visual_store(
 
 @dataclass(frozen=True)
 class VisualStore:
-    """Reads a store that `build_visual_store` wrote; open it with `VisualStore.open`."""
+    """Reads what `build_visual_store` wrote: a store, or several parts of one.
+
+    Open it with `VisualStore.open` or `VisualStore.open_parts`.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     _model_inputs: frozenset[str]
-    _rows: np.ndarray
+    _rows: tuple[np.ndarray, ...]
     _keys: np.ndarray
     _index: pl.DataFrame = field(repr=False)
+    _key_of: Callable[[Path], str] = field(repr=False)
 
     @classmethod
     def open(cls, folder: Path, model: Any, processor: Any) -> VisualStore:
@@ -156,32 +166,52 @@ class VisualStore:
         Raises:
             DataError: It was made by another vision tower or with other image settings, or is not whole.
         """
-        folder = Path(folder)
-        manifest = read_json(folder / MANIFEST, "a visual store")
-        if manifest.get("kind") != "visual store":
-            raise DataError(f"{folder} is no visual store")
-        for name, now in store_identity(model, processor).items():
-            if manifest[name] != now:
-                what = {"tower": "another vision tower", "processor": "other image settings (pixel budget?)"}
-                raise DataError(f"{folder} was made with {what[name]}; build it again for this model")
-        kind, width = BITS[manifest["dtype"]], sum(manifest["columns"])
-        path, expected = folder / TOKENS, manifest["tokens"] * width * kind.itemsize
-        found = path.stat().st_size if path.is_file() else 0
-        if found != expected:
-            raise DataError(f"{path}: {found} bytes where {expected} should be; build the store again")
-        try:
-            index = pl.read_parquet(folder / INDEX).sort("key")
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise DataError(f"{folder / INDEX}: not readable ({error}); build the store again") from None
-        if index.height != manifest["images"] or index["tokens"].sum() != manifest["tokens"]:
-            raise DataError(f"{folder / INDEX} does not fit the manifest; build the store again")
+        return cls.open_parts(Path(folder), [Path(folder)], model, processor)
+
+    @classmethod
+    def open_parts(
+        cls,
+        folder: Path,
+        parts: Sequence[Path],
+        model: Any,
+        processor: Any,
+        key_of: Callable[[Path], str] = image_key,
+    ) -> VisualStore:
+        """Opens several stores of one model as one; where several have an image, the first is read.
+
+        Args:
+            folder: Names the whole in errors.
+            parts: Stores, one or more.
+            model: As for `open`.
+            processor: As for `open`.
+            key_of: Returns an image file's key, as `image_key` does.
+
+        Raises:
+            DataError: As `open`; or the parts do not fit together.
+        """
+        identity = store_identity(model, processor)
+        read = [_open_part(part, identity) for part in parts]
+        layouts = [(each["dtype"], each["columns"], each["tile"]) for each, _, _ in read]
+        for part, layout in zip(parts, layouts, strict=True):
+            if layout != layouts[0]:
+                raise DataError(f"{part} does not fit the other parts of {folder}; remove it")
+        index = pl.concat([index.with_columns(part=number) for number, (_, index, _) in enumerate(read)])
+        index = index.unique("key", keep="first", maintain_order=True).sort("key")
+        manifest = {
+            **read[0][0],
+            "files": sum(each["files"] for each, _, _ in read),
+            "images": index.height,
+            "tokens": int(index["tokens"].sum()),
+            "unusable": {name: why for each, _, _ in read for name, why in each["unusable"].items()},
+        }
         return cls(
-            folder,
+            Path(folder),
             manifest,
             forward_names(unwrapped(model)),
-            np.memmap(path, kind, "r", shape=(manifest["tokens"], width)),
+            tuple(rows for _, _, rows in read),
             index["key"].to_numpy().astype("S64"),
             index,
+            key_of,
         )
 
     def __contains__(self, key: str) -> bool:
@@ -196,10 +226,10 @@ class VisualStore:
         """
         keys = []
         for path in paths:
-            keys.append(image_key(path))
+            keys.append(self._key_of(path))
             if keys[-1] not in self:
                 reason = self.manifest["unusable"].get(
-                    str(path), "it is new, or changed since; remove the store and build it again"
+                    str(path), "it is new, or changed since; `auto` adds such images to a dataset's store"
                 )
                 raise DataError(f"image {path} is not in the visual store {self.folder}: {reason}")
         return keys
@@ -211,7 +241,7 @@ class VisualStore:
             DataError: There is no such image.
         """
         row = self._row(key)
-        rows = np.array(self._rows[row["start"] : row["start"] + row["tokens"]])
+        rows = np.array(self._rows[row["part"]][row["start"] : row["start"] + row["tokens"]])
         return torch.from_numpy(rows).view(DTYPES[self.manifest["dtype"]])
 
     def mm_inputs(
@@ -265,6 +295,29 @@ class VisualStore:
         if not deep:
             return BaseModelOutputWithPooling(pooler_output=projected)
         return BaseModelOutputWithDeepstackFeatures(pooler_output=projected, deepstack_features=deep)
+
+
+def _open_part(folder: Path, identity: dict[str, str]) -> tuple[dict[str, Any], pl.DataFrame, np.ndarray]:
+    """Returns a store's manifest, index and rows."""
+    manifest = read_json(folder / MANIFEST, "a visual store")
+    if manifest.get("kind") != "visual store":
+        raise DataError(f"{folder} is no visual store")
+    for name, now in identity.items():
+        if manifest[name] != now:
+            what = {"tower": "another vision tower", "processor": "other image settings (pixel budget?)"}
+            raise DataError(f"{folder} was made with {what[name]}; build it again for this model")
+    kind, width = BITS[manifest["dtype"]], sum(manifest["columns"])
+    path, expected = folder / TOKENS, manifest["tokens"] * width * kind.itemsize
+    found = path.stat().st_size if path.is_file() else 0
+    if found != expected:
+        raise DataError(f"{path}: {found} bytes where {expected} should be; build the store again")
+    try:
+        index = pl.read_parquet(folder / INDEX).sort("key")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise DataError(f"{folder / INDEX}: not readable ({error}); build the store again") from None
+    if index.height != manifest["images"] or index["tokens"].sum() != manifest["tokens"]:
+        raise DataError(f"{folder / INDEX} does not fit the manifest; build the store again")
+    return manifest, index, np.memmap(path, kind, "r", shape=(manifest["tokens"], width))
 
 
 def _key_of(data: bytes) -> str:

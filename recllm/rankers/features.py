@@ -111,7 +111,7 @@ def image_features(
     from recllm.mllm.visual_folder import open_visual_store
 
     loaded = load(source, max_pixels=max_pixels)
-    store = open_visual_store("auto", loaded, dataset.folder)
+    store = open_visual_store("auto", loaded, dataset.folder, required=True, together=False)
     rows: dict[int, np.ndarray] = {}
     for code, images in enumerate(dataset.items["images"]):
         paths = [resolve_image(dataset.folder, image) for image in images]

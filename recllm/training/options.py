@@ -51,7 +51,8 @@ class SFTOptions:
     """Folder whose valid.parquet has candidate lists (built with --candidates); by default the same one."""
     visual_store: str | None = None
     """Read the images' tokens from this visual store and run no vision tower; `auto`: from
-    DATASET/visual/..., made where it is not there. Only where tower and projector are frozen."""
+    DATASET/visual/..., to which the images that the rows use are added where that pays and fits on the disk.
+    Only where tower and projector are frozen."""
     limit: int | None = None
     """Use the first so many training rows only, for a trial."""
 

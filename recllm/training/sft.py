@@ -129,9 +129,15 @@ def load_data(options: SFTOptions, run: RunFolder, model: TrainableModel) -> Tra
     for turn in ("first", "others"):  # rank 0 writes what the others then read
         if (turn == "first") == (rank() == 0):
             rows = training_rows(loaded, parts[0], run.path / "rows", limit=options.limit)
-            if options.visual_store is not None:
-                store = open_visual_store(options.visual_store, loaded, parts[0].dataset)
         sum_over_ranks([0])
+    if options.visual_store is not None:
+        import polars as pl
+
+        lists = Validation(loaded, parts[1], users=options.valid_users).rows
+        used = pl.read_parquet(parts[0].path, columns=["images"], glob=False, n_rows=options.limit)
+        used = pl.concat([used["images"], lists["images"]]).explode().drop_nulls()
+        dataset, passes = parts[0].dataset, max(1.0, options.epochs)
+        store = open_visual_store(options.visual_store, loaded, dataset, used, passes=passes)
     validation = Validation(loaded, parts[1], users=options.valid_users, visual_store=store)
     if rank() == 0:
         lengths = rows["length"]

@@ -12,7 +12,6 @@ from recllm.config import refuse_given
 from recllm.data.dataset import describe_file
 from recllm.errors import DataError
 from recllm.files import read_json
-from recllm.mllm import ranks
 from recllm.mllm.loading import LoadOptions
 from recllm.mllm.scoring.options import YesNoOptions
 
@@ -47,7 +46,10 @@ def score_yes_no(options: YesNoOptions) -> None:
     loaded = which.load()
     store = None
     if options.visual_store is not None:
-        store = _visual_store(options.visual_store, loaded, source.dataset)
+        from recllm.mllm.visual_folder import open_visual_store
+
+        images = rows["images"].explode().drop_nulls()
+        store = open_visual_store(options.visual_store, loaded, source.dataset, images, passes=1)
     scorer = YesNoScorer(
         loaded,
         visual_store=store,
@@ -184,16 +186,6 @@ def _check(options: YesNoOptions) -> None:
     name = options.name
     if name is not None and (Path(name).name != name or name.startswith(".")):
         raise DataError(f"--name {name!r}: expected a plain word, which is part of a file's name")
-
-
-def _visual_store(choice: str, loaded: LoadedModel, dataset: Path) -> VisualStore:
-    from recllm.mllm.visual_folder import open_visual_store
-
-    ranks.connect()
-    if ranks.rank() == 0:
-        open_visual_store(choice, loaded, dataset)
-    ranks.sum_over_ranks([0])  # the store is there
-    return open_visual_store(choice, loaded, dataset)
 
 
 def _with_steps(

@@ -46,8 +46,9 @@ class YesNoOptions:
     """sigmoid: the score is the log-odds, the probability its sigmoid. paper: both are MLLM-SRec's equation 4
     as printed, the softmax of two probabilities; it may rank otherwise."""
     visual_store: str | None = None
-    """A folder of visual tokens made for this model, or `auto`: DATASET/visual/FINGERPRINT, made where it
-    does not exist. Without one, images are encoded as they are met."""
+    """A folder of visual tokens made for this model, or `auto`: DATASET/visual/FINGERPRINT, to which the
+    images that the rows use are added where that pays and fits on the disk. Without one, images are encoded
+    as they are met."""
     batch_tokens: int | None = None
     """Most tokens in a batch; by default 4,096 on the CPU, by free memory on a GPU."""
     generate_steps: bool = False
