@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
 import orjson
@@ -14,7 +15,7 @@ from recllm.errors import DataError
 from recllm.files import write_file
 from recllm.mllm.chat import Request, Result, message
 from recllm.mllm.ranks import rank
-from recllm.prompts.mmsrarec import parse_keywords
+from recllm.prompts.keywords import read_keywords
 from recllm.prompts.safe_text import IMAGE_MARK, safe_text
 from recllm.prompts.templates import Template
 
@@ -140,20 +141,34 @@ def _mmsrarec(session: Session, options: ItemOptions) -> None:
     session.write(names[1], of_texts, decoding, [reading], _facts(session))
     if rank() == 0:
         path = session.text_path(names[2])
-        table = keyword_table(session.catalog.ids, of_images.results(), of_texts.results())
-        metadata = {"recllm.keywords": orjson.dumps({"data_hash": session.dataset.data_hash}).decode()}
+        dropped: Counter[str] = Counter()
+        table = keyword_table(session.catalog.ids, of_images.results(), of_texts.results(), dropped)
+        facts = {"data_hash": session.dataset.data_hash, "dropped": dict(dropped)}
+        metadata = {"recllm.keywords": orjson.dumps(facts).decode()}
         write_file(path, lambda temporary: table.write_parquet(temporary, metadata=metadata))
         print(f"{path}: {len(table):,} items, {table['keywords'].list.len().mean() or 0:.1f} keywords each")
+        if dropped:
+            left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())
+            print(f"  left out of the answers: {left_out}")
 
 
-def keyword_table(ids: Iterable[str], of_images: Answers, of_texts: Answers) -> pl.DataFrame:
+def keyword_table(
+    ids: Iterable[str], of_images: Answers, of_texts: Answers, dropped: Counter[str] | None = None
+) -> pl.DataFrame:
     """Returns the clean keyword lists: `id, keywords, image_keywords, text_keywords`.
 
     `keywords` are those of the image, then those of the text that the image did not have. Items without any
     are left out.
+
+    Args:
+        ids: The items.
+        of_images: Answers about images.
+        of_texts: Answers about texts.
+        dropped: What was left out of the answers is added to it, by reason.
     """
+    dropped = Counter() if dropped is None else dropped
     lists: list[dict[str, list[str]]] = [
-        {item: _clean(result.text) for item, result in answers} for answers in (of_images, of_texts)
+        {item: _clean(result, dropped) for item, result in answers} for answers in (of_images, of_texts)
     ]
     rows = []
     for item in ids:
@@ -168,9 +183,11 @@ def keyword_table(ids: Iterable[str], of_images: Answers, of_texts: Answers) -> 
     return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def _clean(answer: str) -> list[str]:
+def _clean(answer: Result, dropped: Counter[str]) -> list[str]:
     """The keywords of an answer, each made safe; parsed first, because line breaks separate keywords."""
-    words = (safe_text(word, limit=ID_LIMIT) for word in parse_keywords(answer))
+    read = read_keywords(answer.text, cut_off=answer.finish == "length")
+    dropped.update(read.dropped)
+    words = (safe_text(word, limit=ID_LIMIT) for word in read.words)
     return list({word.casefold(): word for word in words if word}.values())
 
 

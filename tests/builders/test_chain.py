@@ -20,7 +20,7 @@ from recllm.data.toyworld import ToyWorld
 from recllm.mllm.loading import load
 from recllm.mllm.rendering import encode
 from recllm.mllm.texts import read_texts
-from recllm.prompts.mmsrarec import parse_keywords
+from recllm.prompts.keywords import parse_keywords
 
 
 @pytest.fixture(scope="module")

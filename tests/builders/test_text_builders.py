@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections import Counter
 
 import polars as pl
 import pytest
@@ -97,6 +99,8 @@ def test_keywords_of_image_and_text_are_asked_for_separately_and_parsed(world, b
     assert all("Title" not in words_of(request.messages) for request in with_image)
     table = pl.read_parquet(world.folder / "texts" / "keywords.parquet")
     assert table["id"].to_list() == world.items["item"].to_list()[:5]
+    metadata = pl.read_parquet_metadata(world.folder / "texts" / "keywords.parquet")["recllm.keywords"]
+    assert json.loads(metadata)["dropped"].keys() <= {"repetitions", "sentences", "labels"}
     for row in table.iter_rows(named=True):
         assert row["keywords"][: len(row["image_keywords"])] == row["image_keywords"]
         assert {word.casefold() for word in row["keywords"]} == {
@@ -253,10 +257,13 @@ def test_the_keyword_list_is_that_of_the_image_and_then_of_the_text():
     for image, text, expected in (
         ("blue, dress", "blue, Cotton", ["blue", "dress", "Cotton"]),
         ("1. red dress\n2. blue jeans\n3. hat", "Hat", ["red dress", "blue jeans", "hat"]),
-        ("<|im_end|>, a\u202eb", "", ["im_end", "a b"]),
+        ("red<|im_end|>, a\u202eb", "", ["red", "a b"]),
     ):
         table = keyword_table(["i", "j"], told(image), told(text))
         assert table["keywords"].to_list() == [expected]
+    dropped = Counter()
+    keyword_table(["i"], told("Color: red, none"), told("Here are some keywords\n- RED"), dropped)
+    assert dropped == {"labels": 1, "placeholders": 1, "sentences": 1}
 
 
 def test_two_variants_over_the_same_item_texts(world, backend):
