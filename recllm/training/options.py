@@ -35,8 +35,9 @@ class SFTOptions:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Number type of the weights; `auto` is the one they were saved in. Full fine-tuning in bfloat16 without
-    DeepSpeed loses small updates: give float32 there."""
+    """Number type of the weights; `auto` is the one they were saved in. Full fine-tuning without DeepSpeed
+    trains and saves float32 weights whatever this says, for 16 bits lose small updates (DeepSpeed keeps a
+    float32 copy of its own); --bf16 decides what products are computed in."""
     attn_implementation: str | None = None
     """`sdpa`, `eager`, `flash_attention_2`, ...; by default what transformers chooses."""
     min_pixels: int | None = None

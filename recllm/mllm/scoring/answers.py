@@ -144,8 +144,9 @@ class AnswerHead:
     def margins(self, hidden: torch.Tensor, answers: Answers) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the log-odds of yes against no, and the probability mass of all other answers.
 
-        margin = logsumexp of the yes-logits - logsumexp of the no-logits; outside = 1 - the softmax mass of
-        both over the whole vocabulary. Ours; equation 4 of MLLM-SRec is made of the two, see `paper_score`.
+        margin = logsumexp of the yes-logits - logsumexp of the no-logits; outside = the softmax mass of the
+        rest of the vocabulary, exact to float32's precision also where it is tiny. Ours; equation 4 of
+        MLLM-SRec is made of the two, see `paper_probability`.
 
         Args:
             hidden: (prompts, width), the final hidden states at the last positions.
@@ -157,9 +158,8 @@ class AnswerHead:
         hidden = hidden.float()
         yes = self._logits_of(hidden, answers.yes).logsumexp(-1)
         no = self._logits_of(hidden, answers.no).logsumexp(-1)
-        everything = self._normalizer(hidden)
-        outside = -torch.expm1(torch.minimum(torch.logaddexp(yes, no) - everything, torch.zeros_like(yes)))
-        return yes - no, outside
+        others = self._logsumexp_of_others(hidden, (*answers.yes, *answers.no))
+        return yes - no, torch.sigmoid(others - torch.logaddexp(yes, no))
 
     def _logits_of(self, hidden: torch.Tensor, tokens: tuple[int, ...]) -> torch.Tensor:
         """Products as sums: matrix products may run in TF32 where a trainer allows it."""
@@ -170,8 +170,8 @@ class AnswerHead:
         logits = (hidden[:, None, :] * weight.to(hidden.device)).sum(-1)
         return logits if self.bias is None else logits + self.bias[rows].float().to(hidden.device)
 
-    def _normalizer(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The logsumexp over the vocabulary, of which only a part is in float32 at a time."""
+    def _logsumexp_of_others(self, hidden: torch.Tensor, answers: Sequence[int]) -> torch.Tensor:
+        """The logsumexp over the vocabulary without the answers; only a part is in float32 at a time."""
         rows = max(1, _NORMALIZER_BYTES // (4 * max(self.weight.shape[1], len(hidden))))
         low = [(hidden @ a.float().T * scaling, b) for b, a, scaling in self.low_rank]
         parts = []
@@ -182,6 +182,7 @@ class AnswerHead:
                 logits += projected @ b[part].float().T
             if self.bias is not None:
                 logits += self.bias[part].float()
+            logits[:, [token - start for token in answers if start <= token < start + rows]] = -torch.inf
             parts.append(logits.logsumexp(-1))
         return torch.stack(parts).logsumexp(0)
 
@@ -228,7 +229,7 @@ def _whole(weights: list[torch.Tensor]) -> Iterator[None]:
         yield
 
 
-def paper_score(margin: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+def paper_probability(margin: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
     """Returns MLLM-SRec's equation 4 as it is printed: the softmax of two probabilities, not of two logits.
 
     exp(p_yes) / (exp(p_yes) + exp(p_no)), which lies between 0.27 and 0.73.
@@ -236,7 +237,32 @@ def paper_score(margin: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
     Args:
         margin: Log-odds of yes against no.
         outside: Probability mass of neither.
+
+    Returns:
+        float64. Where the probabilities saturate, different prompts still round to one value: rank by
+        `paper_score`.
     """
+    return torch.sigmoid((1 - outside.double()) * torch.tanh(margin.double() / 2))
+
+
+def paper_score(margin: torch.Tensor, outside: torch.Tensor) -> torch.Tensor:
+    """Returns what orders prompts as `paper_probability` does, without ties where probabilities saturate.
+
+    Equation 4 is the sigmoid of d = p_yes - p_no. The score is -log(1 - d) where d is 0 or more, else
+    log(1 + d). 1 - |d| is summed from what is small, the mass outside and twice the less likely answer. Ours.
+
+    Args:
+        margin: Log-odds of yes against no.
+        outside: Probability mass of neither.
+
+    Returns:
+        float64.
+    """
+    size, outside = margin.double().abs(), outside.double()
     inside = 1 - outside
-    difference = inside * (torch.sigmoid(margin) - torch.sigmoid(-margin))
-    return torch.sigmoid(difference)
+    left = outside + 2 * inside * torch.sigmoid(-size)  # 1 - |d|
+    difference = inside * torch.tanh(size / 2)  # |d|
+    scale = torch.where(
+        difference < 0.5, torch.log1p(-difference), left.clamp(min=torch.finfo(left.dtype).tiny).log()
+    )
+    return -scale * torch.sign(margin.double())

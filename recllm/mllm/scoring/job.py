@@ -126,7 +126,7 @@ def score_into(
     if np.isnan(margin).any():
         raise RuntimeError(f"{shards.folder}: {np.isnan(margin).sum()} rows have no score")
     probability = scorer.probability(margin, outside)
-    score = margin if scorer.identity["probability"] == "sigmoid" else probability
+    score = scorer.score(margin, outside)
     table = rows.select("user", "target", "item").with_columns(
         score=score, probability=probability, outside=outside
     )

@@ -43,8 +43,9 @@ class YesNoOptions:
     no: tuple[str, ...] = ()
     """Forms of the answer no. By default the first token of `No.`"""
     probability: Literal["sigmoid", "paper"] = "sigmoid"
-    """sigmoid: the score is the log-odds, the probability its sigmoid. paper: both are MLLM-SRec's equation 4
-    as printed, the softmax of two probabilities; it may rank otherwise."""
+    """sigmoid: the score is the log-odds, the probability its sigmoid. paper: the probability is MLLM-SRec's
+    equation 4 as printed, the softmax of two probabilities, and the score orders as it does, on a logarithmic
+    scale that does not tie where probabilities saturate; it may rank otherwise than the log-odds."""
     visual_store: str | None = None
     """A folder of visual tokens made for this model, or `auto`: DATASET/visual/FINGERPRINT, to which the
     images that the rows use are added where that pays and fits on the disk. Without one, images are encoded

@@ -12,7 +12,14 @@ import numpy as np
 import torch
 
 from recllm.errors import DataError
-from recllm.mllm.scoring.answers import AnswerHead, Answers, Probability, check_head, paper_score
+from recllm.mllm.scoring.answers import (
+    AnswerHead,
+    Answers,
+    Probability,
+    check_head,
+    paper_probability,
+    paper_score,
+)
 from recllm.mllm.scoring.attention import DEVICES, shared_prefix_attention
 from recllm.mllm.scoring.images import EncodedImages, StoredImages, UnusableImage
 from recllm.mllm.scoring.inputs import packed, padded
@@ -104,7 +111,8 @@ class YesNoScorer:
             visual_store: Read visual tokens from it; it must have every image.
             yes: Forms of the answer yes, each of one token; without any, the first token of "Yes.".
             no: As `yes`, for "No.".
-            probability: `sigmoid` of the margin, or `paper`, see `recllm.mllm.scoring.answers.paper_score`.
+            probability: `sigmoid` of the margin, or `paper`, see
+                `recllm.mllm.scoring.answers.paper_probability`.
             batch_tokens: The most tokens in a batch; None: 4,096 on the CPU, by free memory on a GPU.
             workers: Threads that decode images.
 
@@ -132,10 +140,17 @@ class YesNoScorer:
         }
 
     def probability(self, margin: np.ndarray, outside: np.ndarray) -> np.ndarray:
-        """Returns the probability of yes, float32, of the kind that was asked for."""
+        """Returns the probability of yes, of the kind that was asked for: float32, or float64 of `paper`."""
         margins, masses = torch.from_numpy(margin), torch.from_numpy(outside)
-        found = torch.sigmoid(margins) if self._probability == "sigmoid" else paper_score(margins, masses)
-        return found.numpy()
+        if self._probability == "sigmoid":
+            return torch.sigmoid(margins).numpy()
+        return paper_probability(margins, masses).numpy()
+
+    def score(self, margin: np.ndarray, outside: np.ndarray) -> np.ndarray:
+        """Returns what prompts are ranked by: the margin, or what orders as `paper`'s probability does."""
+        if self._probability == "sigmoid":
+            return margin
+        return paper_score(torch.from_numpy(margin), torch.from_numpy(outside)).numpy()
 
     @contextmanager
     def session(self) -> Iterator[Session]:

@@ -31,7 +31,7 @@ def score_table(
 
     Returns:
         In the order of `rows`: id, user, target, item, label, margin, probability, outside (the probability
-        mass of neither yes nor no); the last three in float32.
+        mass of neither yes nor no); the last three in float32, but the `paper` probability in float64.
 
     Raises:
         DataError: A column is missing, an image cannot be read, a prompt is too long, or a text forges

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from decimal import Decimal, localcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from recllm.errors import DataError
 from recllm.mllm import load
-from recllm.mllm.scoring.answers import AnswerHead, Answers, check_head, paper_score
+from recllm.mllm.scoring.answers import (
+    AnswerHead,
+    Answers,
+    check_head,
+    paper_probability,
+    paper_score,
+)
 from tests.mllm.small_models import save_small
 
 
@@ -111,6 +119,54 @@ def test_output_layers_that_cannot_be_read_are_refused(small):
 
 def test_the_printed_equation_is_a_softmax_of_probabilities():
     yes, no = torch.tensor([0.7, 0.2, 0.45]), torch.tensor([0.1, 0.8, 0.45])
-    found = paper_score(torch.log(yes / no), 1 - yes - no)
+    found = paper_probability(torch.log(yes / no), 1 - yes - no)
     expected = torch.stack([yes, no]).softmax(0)[0]
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected.double(), atol=1e-6, rtol=1e-6)
+
+
+def exact_difference(margin: float, outside: float) -> Decimal:
+    """p_yes - p_no, to 60 digits."""
+    with localcontext() as context:
+        context.prec = 60
+        odds, inside = Decimal(margin).exp(), 1 - Decimal(outside)
+        return inside * (odds - 1) / (odds + 1)
+
+
+def test_the_printed_equation_s_score_orders_without_ties_where_probabilities_saturate():
+    draw = np.random.default_rng(0)
+    margins = np.concatenate(
+        [draw.normal(size=300) * 2, draw.normal(size=300) * 20, draw.normal(size=50) / 1e6]
+    )
+    outside = np.concatenate([draw.random(300), 10.0 ** -draw.uniform(1, 30, 300), np.zeros(50)])
+    margins = np.append(margins, [0.0, 40.0, 40.000004, -40.0, -50.0]).astype(np.float32)
+    outside = np.append(outside, np.zeros(5)).astype(np.float32)
+    exact = [exact_difference(*pair) for pair in zip(margins.tolist(), outside.tolist(), strict=True)]
+    expected = sorted(range(len(exact)), key=exact.__getitem__)
+    tensors = torch.from_numpy(margins), torch.from_numpy(outside)
+    in_float32 = torch.sigmoid((1 - tensors[1]) * torch.tanh(tensors[0] / 2))
+    assert len(in_float32.unique()) < 0.9 * len(set(exact))  # as scores were before
+    found = paper_score(*tensors).numpy()
+    assert len(np.unique(found)) == len(set(exact)) == len(exact)
+    assert np.argsort(found).tolist() == expected
+    probability = paper_probability(*tensors).numpy()
+    assert (np.diff(probability[np.argsort(found)]) >= 0).all()
+    assert ((probability > 0.268) & (probability < 0.732)).all()
+
+
+def test_a_tiny_mass_outside_is_exact_too(small):
+    """1 minus a sum would round to multiples of 6e-8, and the printed equation would rank by that noise."""
+    model, answers = small.model, Answers((5,), (7,))
+    hidden = torch.randn(40, 32)
+    with torch.no_grad():
+        model.lm_head.weight[5] = 0
+        model.lm_head.weight[7] = 0
+        model.lm_head.weight[[5, 7], 0] = torch.tensor([9.0, 8.0])
+        hidden[:, 0] = torch.linspace(3, 6, 40)
+        with AnswerHead.read(model) as head:
+            _, outside = head.margins(hidden, answers)
+        exact = model.lm_head.weight.double() @ hidden.double().T
+    others = torch.ones(len(exact), dtype=torch.bool)
+    others[[5, 7]] = False
+    mass = (exact[others].logsumexp(0) - exact.logsumexp(0)).exp()
+    assert mass.max() < 1e-4 and mass.min() < 1e-12
+    torch.testing.assert_close(outside.double(), mass, rtol=1e-4, atol=0)
