@@ -207,14 +207,13 @@ def steps_per_epoch(options: SFTOptions, rows: int) -> int:
 
 
 def _dtype(options: SFTOptions) -> str:
-    """Full fine-tuning keeps weights in float32, where DeepSpeed does not keep a copy of them in float32.
+    """Full fine-tuning keeps weights in float32, unless DeepSpeed keeps a copy of them in float32.
 
-    Whatever the number type that was asked for: in 16 bits an update below 0.4 % of a weight would be lost.
-    Products are in bfloat16 all the same where `bf16` says so.
+    Whatever number type was asked for: in 16 bits an update below 0.4 % of a weight would be lost. Products
+    are in bfloat16 all the same where `bf16` says so.
     """
-    if options.method == "full" and launching.zero_stage() == 0:
-        return "float32"
-    return options.dtype
+    has_copy = launching.zero_stage() > 0 and launching.uses_bf16(options)
+    return "float32" if options.method == "full" and not has_copy else options.dtype
 
 
 def _with_lora(options: SFTOptions, loaded: LoadedModel) -> LoadedModel:

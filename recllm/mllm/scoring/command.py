@@ -170,7 +170,8 @@ def _settings_of_run(run: Path) -> dict[str, Any]:
     settings = {name: trained[name] for name in names if trained.get(name) is not None}
     if (run / "adapter_config.json").is_file():
         return {**settings, "model": trained["model"], "adapter": str(run)}
-    settings.pop("revision", None)  # of the base; the run's folder has weights of its own
+    for name in ("revision", "dtype"):  # of the base; the run's folder has weights of its own
+        settings.pop(name, None)
     return {**settings, "model": str(run)}
 
 
