@@ -85,7 +85,7 @@ class RecSFTTrainer(SFTTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        lengths = list(rows["length"]) if self._group_by_length else None
+        lengths = rows["length"] if self._group_by_length else None
         self._sampler = EpochSampler(rows["group"], step, self.args.seed, lengths)
         return self._sampler
 
