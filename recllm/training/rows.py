@@ -89,17 +89,20 @@ def training_rows(
     disable_progress_bars()
     path = cache / f"{_fingerprint(loaded, part, limit)}.arrow"
     if not path.exists():
-        table = pl.read_parquet(part.path, glob=False, n_rows=limit)
-        if table.is_empty():
+        table = pl.scan_parquet(part.path, glob=False, n_rows=limit)
+        names = table.collect_schema().names()
+        about = [name for name in _TARGET if name in names] or ["id"]
+        groups = table.select(group=pl.struct(about).rle_id()).collect()["group"]
+        if groups.is_empty():
             raise DataError(f"{part.path} has no rows to train on")
-        about = [name for name in _TARGET if name in table.columns] or ["id"]
-        table = table.select(*_COLUMNS, group=pl.struct(about).rle_id())
-        write_file(path, lambda temporary: _write_tokens(temporary, loaded, table, part.dataset))
+        write_file(path, lambda temporary: _write_tokens(temporary, loaded, part, groups))
     return Dataset.from_file(str(path))
 
 
-def _write_tokens(path: Path, loaded: LoadedModel, table: pl.DataFrame, folder: Path) -> None:
+def _write_tokens(path: Path, loaded: LoadedModel, part: InstructionPart, groups: pl.Series) -> None:
+    """Writes the first rows of a part, as many as there are groups, reading a block of prompts at a time."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     schema = pa.schema(
         {
@@ -114,10 +117,17 @@ def _write_tokens(path: Path, loaded: LoadedModel, table: pl.DataFrame, folder: 
     )
     with (
         pa.ipc.new_stream(path, schema) as writer,
-        Progress(total=len(table), desc="tokens", unit="row", disable=rank() > 0) as bar,
+        pq.ParquetFile(part.path) as table,
+        Progress(total=len(groups), desc="tokens", unit="row", disable=rank() > 0) as bar,
     ):
-        encoder = ConversationEncoder(loaded, folder)
-        for block in table.iter_slices(_BLOCK):
+        encoder = ConversationEncoder(loaded, part.dataset)
+        done = 0
+        for batch in table.iter_batches(_BLOCK, columns=list(_COLUMNS)):
+            if done == len(groups):
+                break
+            block = pl.DataFrame(batch).head(len(groups) - done)
+            block = block.with_columns(group=groups[done : done + len(block)])
+            done += len(block)
             rows = []
             for row in block.iter_rows(named=True):
                 each = encoder.encode(row)

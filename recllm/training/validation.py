@@ -46,12 +46,13 @@ class Validation:
         users: int | None = None,
         visual_store: VisualStore | None = None,
     ):
-        rows = pl.read_parquet(part.path, glob=False)
-        labels = rows.group_by("user", "target").agg(
+        table = pl.scan_parquet(part.path, glob=False)
+        lists = table.select("user", "target", "label").collect()
+        labels = lists.group_by("user", "target").agg(
             positives=pl.col("label").sum(), negatives=(1 - pl.col("label")).sum()
         )
         if (
-            rows.is_empty()
+            lists.is_empty()
             or labels.select((pl.col("negatives") < 1) | (pl.col("positives") < 1)).to_series().any()
         ):
             raise DataError(
@@ -59,10 +60,10 @@ class Validation:
                 "--candidates NAME (made by `recllm data candidates`)"
             )
         if users is not None:
-            names = rows["user"].unique(maintain_order=True)
+            names = lists["user"].unique(maintain_order=True)
             places = np.unique(np.linspace(0, len(names) - 1, min(users, len(names))).round().astype(int))
-            rows = rows.filter(pl.col("user").is_in(names[places].implode()))
-        self.rows = rows
+            table = table.filter(pl.col("user").is_in(names[places].implode()))
+        self.rows = table.collect(engine="streaming")  # a prompt takes kilobytes: other users' are not read
         self._loaded, self._part, self._store = loaded, part, visual_store
 
     def measure(self, model: Any) -> dict[str, float]:

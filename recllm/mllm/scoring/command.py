@@ -118,10 +118,11 @@ class Source:
         Raises:
             DataError: There are none, or a user's target has an item twice.
         """
-        rows = pl.read_parquet(self.path, glob=False)
-        if limit is not None:
-            users = rows["user"].unique(maintain_order=True).head(limit)
-            rows = rows.filter(pl.col("user").is_in(users.implode()))
+        table = pl.scan_parquet(self.path, glob=False)
+        if limit is not None:  # a prompt takes kilobytes: other users' are not read
+            users = table.select("user").collect()["user"].unique(maintain_order=True).head(limit)
+            table = table.filter(pl.col("user").is_in(users.implode()))
+        rows = table.collect(engine="streaming")
         if rows.is_empty():
             raise DataError(f"{self.path} has no rows to score")
         keys = ["user", "target", "item"]
