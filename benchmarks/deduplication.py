@@ -60,8 +60,8 @@ def measure(folder: Path) -> dict:
     for part in ("train", "valid", "test"):
         histories = Histories(split, part)
         for user in histories.users():
-            items = histories.summarized(user).items
-            cuts = latest_windows(len(items), 3, 3, 0)
+            items = histories.history(user).items
+            cuts = {cut for end in histories.cuts(user) for cut in latest_windows(end, 3, 3, 0)}
             all_windows += len(cuts)
             windows |= {items[:end].tobytes() for _, end in cuts}
     return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -39,8 +40,8 @@ def follow_drift(
     Args:
         session: The run.
         options: Windows, limits.
-        histories: The histories of one part; for `train`, each without its last item
-            (`Histories.summarized`).
+        histories: The histories of one part, which are summarized up to the places that `Histories.cuts`
+            gives.
         told: What the windows say of the items, usually by IMSG.
         seen: Windows of earlier parts, for the estimate of a dry run; those of this one are added.
     """
@@ -50,10 +51,10 @@ def follow_drift(
     chains = [_Chain(session, options, histories, told, user) for user in users]
     counts, active = Counts(0, 0, 0, 0, 0), chains
     for wave in itertools.count():
-        active = [chain for chain in active if chain.goes_on(wave)]
+        active = [chain for chain in active if chain.goes_on()]
         if not active:
             break
-        requests = (chain.request(wave, template) for chain in active)
+        requests = (request for chain in active for request in chain.requests(template))
         if options.dry_run:
             windows_in_all = {window for chain in chains for window in chain.told_windows()} - seen
             seen |= windows_in_all
@@ -61,10 +62,11 @@ def follow_drift(
             print(f"{name}: judged by first windows; later ones have a line more, the summary before")
             return
         answers = session.answer(f"{name}, window {wave + 1}", requests, decoding)
-        for number, (chain, (_, result)) in enumerate(zip(active, answers.results(), strict=True)):
-            chain.keys.append(answers.key(number))
-            chain.prompt_hashes.append(int(answers.prompt_hash(number), 16))
-            chain.latest = None if result.error else result.text
+        results = enumerate(answers.results())
+        for chain in active:
+            for number, (_, result) in itertools.islice(results, chain.waiting):
+                prompt_hash = int(answers.prompt_hash(number), 16)
+                chain.take(answers.key(number), prompt_hash, None if result.error else result.text)
         counts = _plus(counts, answers.counts)
     steps = [(chain, number) for chain in chains for number in range(len(chain.keys))]
     generated = Generated(
@@ -99,10 +101,12 @@ def follow_drift(
 class _Chain:
     """The windows of one user, and what was summarized so far.
 
+    Full windows follow each other, each told the summary before it. A window that is cut short, because it
+    ends before a target, is told the same as the full one that begins where it does, and nothing follows it.
+
     Attributes:
         name: The user's id.
-        windows: (begin, end) of each, in the user's history.
-        latest: The last summary; None after a window without an answer, which ends the chain.
+        windows: (begin, end) of each, in the user's history, ascending.
         keys: The request of each window summarized.
         prompt_hashes: The hashes of their prompts.
     """
@@ -111,27 +115,50 @@ class _Chain:
         self, session: Session, options: UserOptions, histories: Histories, told: ItemTexts, user: int
     ) -> None:
         self._catalog, self._told = session.catalog, told.texts
-        self._items = histories.summarized(user).items
+        self._items = histories.history(user).items
         self.name: str = session.dataset.users["user"][user]
-        self.windows = latest_windows(len(self._items), options.window, options.step, options.max_history)
-        self.latest: str | None = ""
+        bounds = options.window, options.step, options.max_history
+        self.windows = sorted({cut for end in histories.cuts(user) for cut in latest_windows(end, *bounds)})
+        self._step, self._window = options.step, options.window
+        self._full = {begin for begin, end in self.windows if end - begin == options.window}
+        self._summaries: dict[int, str] = {}  # of full windows, by where these begin
         self.keys: list[bytes] = []
         self.prompt_hashes: list[int] = []
 
-    def goes_on(self, wave: int) -> bool:
-        return wave < len(self.windows) and self.latest is not None
+    @property
+    def waiting(self) -> int:
+        """How many windows are asked about next: those that begin where the next one does."""
+        rest = self.windows[len(self.keys) :]
+        return sum(begin == rest[0][0] for begin, _ in rest)
+
+    def goes_on(self) -> bool:
+        """Tells whether there is a window left; a full window without an answer ends the chain."""
+        if len(self.keys) == len(self.windows):
+            return False
+        earlier = self.windows[len(self.keys)][0] - self._step
+        return earlier not in self._full or earlier in self._summaries
 
     def told_windows(self) -> list[tuple[str, bytes]]:
         return [(self.name, self._items[:end].tobytes()) for _, end in self.windows]
 
-    def request_id(self, wave: int) -> str:
-        return f"{self.name}#{wave}"
+    def request_id(self, number: int) -> str:
+        return f"{self.name}#{number}"
 
-    def request(self, wave: int, template: Template) -> Request:
-        begin, end = self.windows[wave]
-        lines = [self._catalog.told(item, self._told) for item in self._items[begin:end].tolist()]
-        prompt = window_prompt(self._catalog, template, lines, self.latest or "")
-        return Request(self.request_id(wave), (message("user", prompt),))
+    def requests(self, template: Template) -> Iterator[Request]:
+        first = len(self.keys)
+        for number, (begin, end) in enumerate(self.windows[first : first + self.waiting], first):
+            lines = [self._catalog.told(item, self._told) for item in self._items[begin:end].tolist()]
+            previous = self._summaries.get(begin - self._step, "")
+            prompt = window_prompt(self._catalog, template, lines, previous)
+            yield Request(self.request_id(number), (message("user", prompt),))
+
+    def take(self, key: bytes, prompt_hash: int, text: str | None) -> None:
+        """Keeps the answer about the next window; None where there is none."""
+        begin, end = self.windows[len(self.keys)]
+        if text is not None and end - begin == self._window:
+            self._summaries[begin] = text
+        self.keys.append(key)
+        self.prompt_hashes.append(prompt_hash)
 
 
 def latest_windows(length: int, window: int, step: int, most: int) -> list[tuple[int, int]]:

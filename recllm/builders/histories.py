@@ -9,8 +9,8 @@ import numpy as np
 import polars as pl
 
 from recllm.data.dataset import NO_TIME
-from recllm.data.ordering import group_by_user_in_time
 from recllm.data.splits import Split
+from recllm.data.user_histories import UserHistories
 from recllm.errors import DataError
 
 
@@ -46,82 +46,74 @@ class History:
     rows: np.ndarray
     items: np.ndarray
 
+    def first(self, count: int) -> History:
+        """Returns the history cut to its first interactions."""
+        return History(self.user, self.rows[:count], self.items[:count])
+
     def latest(self, count: int) -> History:
         """Returns the history cut to its latest interactions; all of them where `count` is 0."""
         return self if count == 0 else History(self.user, self.rows[-count:], self.items[-count:])
 
 
 class Histories:
-    """The histories of all users for one part, and its targets.
+    """The histories of all users for one part, and its targets; see `recllm.data.user_histories`.
 
     For `train`, the history of a user is the training interactions, and each of them but the first may be a
-    target that what precedes it predicts. For `valid` and `test`, it is what `Split.history_rows` allows, and
-    the targets are the part's. Only `test` opens the test file.
+    target that what precedes it predicts. For `valid` and `test`, it is what `Split.history_rows` allows, of
+    which each target may be told what precedes it. Only `test` opens the test file.
 
     Attributes:
         part: `train`, `valid` or `test`.
-        allowed: Which interactions may be shown; shape [interactions], bool.
+        allowed: Which interactions may be shown for some target of the part; shape [interactions], bool.
     """
 
     def __init__(self, split: Split, part: str) -> None:
-        dataset = split.dataset
         self.split, self.part = split, part
-        rows = split.rows("train") if part == "train" else split.history_rows(part)  # type: ignore[arg-type]
-        self.allowed = np.zeros(len(dataset.user_codes), dtype=bool)
-        self.allowed[rows] = True
-        times = dataset.timestamps
-        self._times = times
-        users = len(dataset.users)
-        order, self._offsets = group_by_user_in_time(
-            dataset.user_codes[rows], None if times is None else times[rows], users
-        )
-        self._rows = rows[order]
-        self._items = dataset.item_codes[self._rows]
-        self._target_rows = np.empty(0, dtype=np.int64)
-        self._target_offsets = np.zeros(users + 1, dtype=np.int64)
-        if part != "train":
-            targets = split.rows(part, targets=True)
-            order, self._target_offsets = group_by_user_in_time(
-                dataset.user_codes[targets], None if times is None else times[targets], users
-            )
-            self._target_rows = targets[order]
+        self._of = UserHistories.of(split, part)
+        self.allowed = np.zeros(len(split.dataset.user_codes), dtype=bool)
+        self.allowed[self._of.rows] = True
+        self._codes, self._times = split.dataset.item_codes, split.dataset.timestamps
 
     def history(self, user: int) -> History:
-        """Returns a user's history."""
-        span = slice(self._offsets[user], self._offsets[user + 1])
-        return History(user, self._rows[span], self._items[span])
+        """Returns a user's history, whatever its time."""
+        rows = self._of.rows[self._of.offsets[user] : self._of.offsets[user + 1]]
+        return History(user, rows, self._codes[rows])
 
     def targets(self, user: int) -> list[Target]:
         """Returns a user's targets, in order of time."""
-        codes = self.split.dataset.item_codes
-        history = self.history(user)
-        if self.part == "train":
-            return [
-                self._target(int(history.rows[at]), int(history.items[at]), at)
-                for at in range(1, len(history.rows))
-            ]
-        rows = self._target_rows[self._target_offsets[user] : self._target_offsets[user + 1]]
-        return [self._target(int(row), int(codes[row]), len(history.rows)) for row in rows]
+        span = slice(self._of.target_offsets[user], self._of.target_offsets[user + 1])
+        rows, known = self._of.target_rows[span].tolist(), self._of.known[span].tolist()
+        return [
+            Target(
+                row, int(self._codes[row]), NO_TIME if self._times is None else int(self._times[row]), count
+            )
+            for row, count in zip(rows, known, strict=True)
+        ]
 
     def users(self) -> Iterator[int]:
-        """Yields the users that have a target and a history, in the order of the users table."""
-        lengths = np.diff(self._offsets)
-        if self.part == "train":
-            eligible = lengths > 1
-        else:
-            eligible = (lengths > 0) & (np.diff(self._target_offsets) > 0)
-        yield from np.flatnonzero(eligible).tolist()
+        """Yields the users that have a target, in the order of the users table."""
+        yield from np.flatnonzero(np.diff(self._of.target_offsets)).tolist()
 
-    def summarized(self, user: int) -> History:
-        """Returns what a preference text may tell: for `train`, the history without its last item, which is
-        the last target; for `valid` and `test`, all of it."""
-        history = self.history(user)
-        if self.part != "train":
-            return history
-        return History(user, history.rows[:-1], history.items[:-1])
+    def cuts(self, user: int) -> list[int]:
+        """Returns where texts about a user's history are to end, ascending: before each target that has a
+        history; for `train` before the last one."""
+        span = slice(self._of.target_offsets[user], self._of.target_offsets[user + 1])
+        known = np.unique(self._of.known[span])
+        return (known[-1:] if self.part == "train" else known[known > 0]).tolist()
 
-    def _target(self, row: int, item: int, known: int) -> Target:
-        return Target(row, item, NO_TIME if self._times is None else int(self._times[row]), known)
+    def known_before(self, row: int, shown: np.ndarray) -> bool:
+        """Tells whether rows of the interactions may be shown for a target, from the log itself: each is one
+        that the part allows, of the target's user, and earlier than the target.
+
+        Args:
+            row: The target's row number.
+            shown: Row numbers; shape [n].
+        """
+        users, times = self.split.dataset.user_codes, self._times
+        earlier = shown < row
+        if times is not None:
+            earlier = (times[shown] < times[row]) | ((times[shown] == times[row]) & earlier)
+        return bool((earlier & self.allowed[shown] & (users[shown] == users[row])).all())
 
 
 def windows(length: int, window: int, step: int) -> list[tuple[int, int]]:

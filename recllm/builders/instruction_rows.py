@@ -13,7 +13,7 @@ import polars as pl
 
 from recllm.builders.catalog import profiles_of
 from recllm.builders.chats import NO, YES, Chat, Composer, UserChats
-from recllm.builders.histories import Histories, History, Target
+from recllm.builders.histories import Histories, Target
 from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions
 from recllm.builders.preferences import Preferences
@@ -103,6 +103,7 @@ class InstructionBuilder:
                 np.concatenate([self.histories.history(user).items, [target.item for target in targets]])
             )
             for target in self._chosen(user, targets):
+                self.counts["targets_without_history"] += target.known == 0
                 yield from self._rows_of(user, target, self._items(user, target, known_items))
 
     def _chosen(self, user: int, targets: list[Target]) -> list[Target]:
@@ -143,7 +144,7 @@ class InstructionBuilder:
         """The rows of one target and its negatives, all with the same history."""
         name = self._user_ids[user]
         history = self.histories.history(user)
-        known = History(user, history.rows[: target.known], history.items[: target.known])
+        known = history.first(target.known)
         summary = self.preferences.before(name, target.known) if self.preferences else None
         self.counts["rows_without_summary"] += len(items) * (self.preferences is not None and summary is None)
         profile = self._profiles[user] if self._profiles is not None else ""
@@ -151,7 +152,7 @@ class InstructionBuilder:
         listed = self._fitting(chats, target, name, items)
         for item in items:
             chat = chats.chat(item, listed)
-            self._guard(chat, known, f"user {name!r}, row {target.row}")
+            self._guard(chat, target, f"user {name!r}, row {target.row}")
             self.counts["rows"] += 1
             self.counts["positives" if item == target.item else "negatives"] += 1
             if self.options.target_image and self.composer.image(item) is None:
@@ -171,11 +172,13 @@ class InstructionBuilder:
                 "shown": list(chat.shown),
             }
 
-    def _guard(self, chat: Chat, known: History, where: str) -> None:
+    def _guard(self, chat: Chat, target: Target, where: str) -> None:
         """Stops the run where a prompt tells what must not be known: a defense against our own faults."""
-        shown = list(chat.shown)
-        if not self.histories.allowed[shown].all() or not set(shown) <= set(known.rows.tolist()):
-            raise RuntimeError(f"{where}: the prompt tells of an interaction that must not be known")
+        if not self.histories.known_before(target.row, np.array(chat.shown, dtype=np.int64)):
+            raise RuntimeError(
+                f"{where}: the prompt tells of an interaction that must not be known: of another user, of a "
+                "part that is held out, or not earlier than the target"
+            )
         parts = (part["type"] for turn in chat.messages for part in turn["content"])
         if sum(kind == "image" for kind in parts) != len(chat.images):
             raise RuntimeError(f"{where}: the prompt has not as many image parts as images")

@@ -47,6 +47,7 @@ _NAMED = 1000  # unusable images that a manifest names
 _TOLD = (
     "users_without_summary",
     "targets_passed_over_without_summary",
+    "targets_without_history",
     "rows_without_summary",
     "rows_without_target_image",
     "rows_without_viu_and_imsg",

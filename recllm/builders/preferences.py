@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from recllm.builders.texts import near_texts
 from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
@@ -76,7 +78,7 @@ class Summary:
         begin: First interaction of the window, counted from 0 in the user's history.
         end: How many interactions the summary covers: those before `end`.
         text: The summary.
-        previous: The summary before it; empty for the first.
+        previous: The summary of the full window before it; empty for the first.
         prompt_hash: The prompt that it answers.
     """
 
@@ -121,16 +123,20 @@ class Preferences:
             split.split_hash,
         ):
             raise DataError(f"{path} was made from another split than {split.folder}; make it again")
-        if metadata.get("part") != part or "begin" not in table.columns:
+        if metadata.get("part") != part or not {"begin", "end"} <= set(table.columns):
             raise DataError(
                 f"{path} is not what TUBC wrote for the part {part!r} (it says {metadata.get('part')!r}); "
                 "another part's summaries may tell what must not be known"
             )
         summaries: dict[str, list[Summary]] = {}
-        columns = table.select("user", "begin", "end", "text", "prompt_hash")
-        for user, begin, end, text, prompt_hash in columns.iter_rows():
-            known = summaries.setdefault(user, [])
-            known.append(Summary(begin, end, text, known[-1].text if known else "", prompt_hash))
+        full = table.filter(pl.col("end") - pl.col("begin") == metadata["window"])
+        before = full.select("user", pl.col("begin") + metadata["step"], previous="text")
+        columns = table.join(before, on=["user", "begin"], how="left").sort("user", "end", "begin")
+        columns = columns.select(
+            "user", "begin", "end", "text", pl.col("previous").fill_null(""), "prompt_hash"
+        )
+        for user, *summary in columns.iter_rows():
+            summaries.setdefault(user, []).append(Summary(*summary))
         return cls(summaries, metadata, sha256(path))
 
     def ends(self, user: str) -> list[int]:

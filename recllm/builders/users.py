@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Iterator
 
 from recllm.builders.drift import drift_path, follow_drift
-from recllm.builders.histories import Histories, windows
+from recllm.builders.histories import Histories, History, windows
 from recllm.builders.options import UserOptions, check_least, check_parts, check_plain
 from recllm.builders.preferences import ItemTexts
 from recllm.builders.session import Session
 from recllm.builders.texts import check_free
 from recllm.data.splits import Split
+from recllm.data.user_histories import training_before_held_out
 from recllm.errors import DataError
 from recllm.mllm.chat import Request, message
 from recllm.mllm.ranks import rank
@@ -43,7 +44,11 @@ def summarize_users(options: UserOptions) -> None:
 
 
 def _preferences(session: Session, options: UserOptions, split: Split) -> None:
-    """MLLMRec's Prompt 2 (equations 3 and 4) over the training items, or over all for a demonstration."""
+    """MLLMRec's Prompt 2 (equations 3 and 4) over the training items, or over all for a demonstration.
+
+    One text stands for a user whatever the target: so it is made of the training items that precede all of
+    the user's held-out targets. On a split in time these are all of them.
+    """
     template, decoding = session.templates["mllmrec.preference"], session.decoding(PREFERENCE_TOKENS)
     leak = options.leak_all_interactions
     name = "preference-leaky" if leak else "preference"
@@ -51,13 +56,20 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
     descriptions = _item_texts(session, options.item_texts or "description", "mllmrec")
     catalog = session.catalog
     histories = Histories(split, "test" if leak else "train")
-    users = [user for user in range(len(session.dataset.users)) if len(histories.history(user).items)]
+    known = None if leak else training_before_held_out(split)
+
+    def history_of(user: int) -> History:
+        history = histories.history(user)
+        return history if known is None else history.first(int(known[user]))
+
+    lengths = [len(history_of(user).items) for user in range(len(session.dataset.users))]
+    too_late = 0 if known is None else int(histories.allowed.sum()) - sum(lengths)
+    users = [user for user, length in enumerate(lengths) if length]
     users = users[: options.limit]
     left_out = 0
 
     def items_of(user: int) -> list[int]:
-        history = histories.history(user)
-        items = history.latest(options.max_history).items.tolist()
+        items = history_of(user).latest(options.max_history).items.tolist()
         return items + [target.item for target in histories.targets(user)] if leak else items
 
     def requests() -> Iterator[Request]:
@@ -85,10 +97,13 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
         "item_texts_sha256": descriptions.sha256,
         "users": len(answers),
         "items_left_out": left_out,
+        "items_after_a_target": too_late,
     }
     session.write(name, answers, decoding, [template], facts, {"user": answers.ids})
     if left_out and rank() == 0:
         print(f"  {left_out:,} items left out, the oldest of each user (--max-prompt-tokens)")
+    if too_late and rank() == 0:
+        print(f"  {too_late:,} training interactions left out: they follow a held-out target of their user")
 
 
 def multimodal_description(text: str, description: str) -> str:

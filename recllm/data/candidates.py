@@ -90,12 +90,15 @@ class FullRanking:
 def full_ranking(split: Split, part: HeldOut, *, mask: Mask = "seen") -> FullRanking:
     """Returns the lists of full-catalog ranking, one for each user with targets.
 
+    A user's list is made once, before the first of the user's targets of the part: what precedes that one is
+    known (see `recllm.data.user_histories`).
+
     Args:
         split: The split.
         part: `valid` or `test`.
-        mask: Which items leave the candidates: `seen` (all that may be known at that point: training, and
-            validation at test time), `train` (training only, as MMRec has it), or `none` (as RecBole's
-            sequential models).
+        mask: Which items leave the candidates: `seen` (training, and validation at test time), `train`
+            (training only, as MMRec has it), or `none` (as RecBole's sequential models). What is masked does
+            not depend on time: an item that the user touches later is no candidate either.
     """
     dataset = split.dataset
     n_items = len(dataset.items)

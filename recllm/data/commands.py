@@ -26,6 +26,7 @@ from recllm.data.readers import (
     Table,
     Yelp,
 )
+from recllm.data.split_facts import said
 from recllm.data.splits import Split, SplitOptions, make_split
 from recllm.data.toyworld import ToyworldConfig, write_toyworld
 
@@ -111,6 +112,8 @@ def split(options: SplitOptions) -> None:
         print(f"  {part:<6} {counts[part]:>12,} interactions{targets}")
     if counts["unused"]:
         print(f"  unused {counts['unused']:>12,} interactions")
+    for line in said(made.manifest["facts"]):
+        print(f"  {line}")
     for warning in made.manifest["warnings"]:
         print(f"warning: {warning}")
 

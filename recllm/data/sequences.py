@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from recllm.data.dataset import MANIFEST
-from recllm.data.ordering import group_by_user_in_time
 from recllm.data.splits import PARTS, Split
+from recllm.data.user_histories import UserHistories, known_before, pair_keys
 from recllm.errors import BusyError, DataError
 from recllm.files import read_json, staged_folder, write_json
 
 PADDING = 0
+_FORMAT = "known before each target"  # arrays of an earlier version are built again
 
 
 class Sequences:
@@ -26,15 +27,17 @@ class Sequences:
 
     Attributes:
         users: User code of each sequence, ascending; shape [sequences].
-        offsets: Sequence `i` is `items[offsets[i] : offsets[i + 1]]`; shape [sequences + 1].
+        offsets: Sequence `i` is `items[offsets[i] : offsets[i + 1]]`; shape [sequences + 1]. For `valid` and
+            `test` it ends before the user's last target.
         items: Item numbers (code + 1) of all sequences; int32, shape [interactions].
         timestamps: UTC seconds of each; int64, shape [interactions]; empty where the log has no times.
-        target_offsets: As `offsets`, for `targets`.
-        targets: Item numbers to be predicted; int32; empty for `train`, where every position predicts the
-            next one.
+        target_offsets: As `offsets`, for `targets` and `known`.
+        targets: Item numbers to be predicted, in time order; int32; empty for `train`, where every position
+            predicts the next one.
+        known: How many items of the sequence precede each target; int64.
     """
 
-    NAMES = ("users", "offsets", "items", "timestamps", "target_offsets", "targets")
+    NAMES = ("users", "offsets", "items", "timestamps", "target_offsets", "targets", "known")
 
     def __init__(self, folder: Path) -> None:
         arrays = {
@@ -43,16 +46,44 @@ class Sequences:
         self.users, self.offsets, self.items = arrays["users"], arrays["offsets"], arrays["items"]
         self.timestamps = arrays["timestamps"]
         self.target_offsets, self.targets = arrays["target_offsets"], arrays["targets"]
+        self.known = arrays["known"]
 
     def __len__(self) -> int:
         return len(self.users)
 
-    def history(self, sequence: int) -> np.ndarray:
-        """Returns one whole sequence of item numbers, oldest first."""
-        return self.items[self.offsets[sequence] : self.offsets[sequence + 1]]
+    def history(self, sequence: int, target: int = 0) -> np.ndarray:
+        """Returns the item numbers that precede one of a user's targets, oldest first; for `train`, all."""
+        begin, end = self.offsets[sequence : sequence + 2]
+        if len(self.targets):
+            end = begin + self.known[self.target_offsets[sequence] + target]
+        return self.items[begin:end]
+
+    def ends(self) -> np.ndarray:
+        """Returns where the history before each user's first target ends in `items`; shape [sequences]. For
+        `train`, where each sequence ends."""
+        if not len(self.targets):
+            return np.asarray(self.offsets[1:])
+        return self.offsets[:-1] + self.known[self.target_offsets[:-1]]
+
+    def before(self, users: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """Returns how many items of a user's sequence precede some targets.
+
+        Args:
+            users: User codes; shape [n].
+            targets: Item numbers; shape [n].
+
+        Returns:
+            int64, shape [n].
+
+        Raises:
+            DataError: One is no target of its user.
+        """
+        owner = np.repeat(self.users, np.diff(self.target_offsets))
+        return known_before(pair_keys(owner, self.targets), self.known, pair_keys(users, targets))
 
     def batch(self, sequences: np.ndarray, length: int) -> np.ndarray:
-        """Returns the last `length` items of each sequence, padded on the right.
+        """Returns the last `length` items before each user's first target, padded on the right; for `train`,
+        the last of each sequence.
 
         Args:
             sequences: Positions in `users`; shape [batch].
@@ -61,7 +92,7 @@ class Sequences:
         Returns:
             Item numbers; int64, shape [batch, length].
         """
-        starts, ends = self.offsets[:-1][sequences], self.offsets[1:][sequences]
+        starts, ends = self.offsets[:-1][sequences], self.ends()[sequences]
         return self._window(np.maximum(ends - length, starts), ends, length)
 
     def training_batch(self, sequences: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,8 +121,8 @@ def open_sequences(split: Split, part: str, *, cache: Path | None = None) -> Seq
     """Opens a part's sequences, and builds them first where they are missing or made from another split.
 
     `train` has each training user's training interactions. `valid` and `test` have, for each user with
-    targets, the history that may be known then (see `Split.history_rows`) and the targets. The test file is
-    opened for `test` only.
+    targets, the targets and what precedes them (see `recllm.data.user_histories`). The test file is opened
+    for `test` only.
 
     Raises:
         DataError: `part` is none of the three.
@@ -117,27 +148,31 @@ def _is_current(folder: Path, split: Split) -> bool:
 
 def _origin(split: Split) -> list[str]:
     """What the arrays depend on: the dataset for the item numbers, the split for the rows."""
-    return [split.dataset.data_hash, split.split_hash]
+    return [split.dataset.data_hash, split.split_hash, _FORMAT]
 
 
 def _build(split: Split, part: str, folder: Path) -> None:
     dataset = split.dataset
+    histories = UserHistories.of(split, part)
+    counts, targets = np.diff(histories.offsets), np.diff(histories.target_offsets)
     if part == "train":
-        rows, targets = split.rows("train"), np.empty(0, dtype=np.int64)
-        users = np.unique(dataset.user_codes[rows])
+        users, target_rows, known = np.flatnonzero(counts), histories.target_rows[:0], histories.known[:0]
+        targets = np.zeros_like(targets)
     else:
-        rows, targets = split.history_rows(part), split.rows(part, targets=True)
-        users = np.unique(dataset.user_codes[targets])
-        rows = rows[np.isin(dataset.user_codes[rows], users)]
-    items, times, offsets = _in_sequence(split, rows, users)
-    target_items, _, target_offsets = _in_sequence(split, targets, users)
+        users, target_rows, known = np.flatnonzero(targets), histories.target_rows, histories.known
+        # The last target's history is the longest: what is later than all targets is left out.
+        counts = np.zeros_like(counts)
+        counts[users] = known[histories.target_offsets[1:][users] - 1]
+    places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    rows = histories.rows[np.repeat(histories.offsets[:-1], counts) + places]
     arrays = {
         "users": users.astype(np.int32),
-        "offsets": offsets,
-        "items": items,
-        "timestamps": times,
-        "target_offsets": target_offsets,
-        "targets": target_items,
+        "offsets": _offsets(counts[users]),
+        "items": (dataset.item_codes[rows] + 1).astype(np.int32),
+        "timestamps": np.empty(0, dtype=np.int64) if dataset.timestamps is None else dataset.timestamps[rows],
+        "target_offsets": _offsets(targets[users]),
+        "targets": (dataset.item_codes[target_rows] + 1).astype(np.int32),
+        "known": known,
     }
     with staged_folder(folder, overwrite=True) as staging:
         for name, array in arrays.items():
@@ -146,13 +181,5 @@ def _build(split: Split, part: str, folder: Path) -> None:
         write_json(staging / MANIFEST, {"made_from": _origin(split), "part": part, "bytes": sizes})
 
 
-def _in_sequence(
-    split: Split, rows: np.ndarray, users: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Item numbers and times of `rows`, grouped by `users` and in time, with offsets."""
-    dataset = split.dataset
-    times = dataset.timestamps[rows] if dataset.has_timestamps else None
-    sequence = np.searchsorted(users, dataset.user_codes[rows])
-    order, offsets = group_by_user_in_time(sequence, times, len(users))
-    ordered = times[order] if times is not None else np.empty(0, dtype=np.int64)
-    return (dataset.item_codes[rows[order]] + 1).astype(np.int32), ordered, offsets
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(counts))).astype(np.int64)

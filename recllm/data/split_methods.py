@@ -15,7 +15,6 @@ from recllm.errors import DataError
 
 PARTS = ("train", "valid", "test")
 TRAIN, VALID, TEST, UNUSED = 0, 1, 2, 3
-_LATER_OF_THE_SAME_USER = "training holds interactions of the same user that are later than the targets"
 
 
 @dataclass
@@ -28,8 +27,6 @@ class Assignment:
         target: Whether it is to be predicted; shape [interactions]. Training rows all are.
         facts: Counts for the manifest.
         warnings: What a reader of results on this split should know.
-        in_time: Targets come after their user's history in time, so that training data of other users from
-            after the targets is worth a warning.
         dropped: Targets left out of evaluation (cold ones); shape [interactions]. None where there are none.
     """
 
@@ -38,7 +35,6 @@ class Assignment:
     target: np.ndarray
     facts: dict[str, int | float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
-    in_time: bool = False
     dropped: np.ndarray | None = None
 
     def targets_of(self, part: int) -> np.ndarray:
@@ -62,7 +58,7 @@ def leave_one_out(dataset: Dataset) -> Assignment:
     part = np.zeros(len(order), dtype=np.int8)
     part[second[eligible]] = VALID
     part[last[eligible]] = TEST
-    return Assignment("loo", part, np.ones(len(order), dtype=bool), in_time=True)
+    return Assignment("loo", part, np.ones(len(order), dtype=bool))
 
 
 def per_user_ratio(dataset: Dataset, ratios: np.ndarray, order: str, seed: int) -> Assignment:
@@ -92,9 +88,6 @@ def per_user_ratio(dataset: Dataset, ratios: np.ndarray, order: str, seed: int) 
     part[grouped] = np.where(place < first_valid, TRAIN, np.where(place < first_test, VALID, TEST))
     assignment = Assignment(protocol, part, np.ones(rows, dtype=bool))
     _without_untimed_targets(dataset, assignment)
-    assignment.in_time = order == "time"
-    if order == "random":
-        assignment.warnings.append(_LATER_OF_THE_SAME_USER)
     return assignment
 
 
@@ -106,7 +99,6 @@ def random_samples(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignmen
     shuffled = np.random.default_rng(seed).permutation(rows)
     part[shuffled[:train]], part[shuffled[train : train + valid]] = TRAIN, VALID
     assignment = Assignment(f"random-{_name(ratios)}-seed{seed}", part, np.ones(rows, dtype=bool))
-    assignment.warnings.append(_LATER_OF_THE_SAME_USER)
     _without_untimed_targets(dataset, assignment)
     return assignment
 
@@ -131,7 +123,7 @@ def by_user(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
     part = user_part[dataset.user_codes]
     target = part == TRAIN
     target[last[user_part != TRAIN]] = True
-    assignment = Assignment(f"users-{_name(ratios)}-seed{seed}", part, target, in_time=True)
+    assignment = Assignment(f"users-{_name(ratios)}-seed{seed}", part, target)
     assignment.facts |= {
         f"{name}_users": int(np.count_nonzero(user_part == code)) for code, name in enumerate(PARTS)
     }
@@ -195,25 +187,3 @@ def _name(ratios: np.ndarray) -> str:
 def _without_untimed_targets(dataset: Dataset, assignment: Assignment) -> None:
     if dataset.has_timestamps:
         assignment.part[dataset.timestamps == NO_TIME] = TRAIN
-
-
-def warn_of_the_future(dataset: Dataset, assignment: Assignment) -> None:
-    """Measures how much of training lies after the test targets, which each model may then learn from."""
-    if not dataset.has_timestamps:
-        assignment.warnings.append("the log has no times: input order stands for time order")
-        return
-    times = dataset.timestamps
-    training = np.sort(times[assignment.part == TRAIN])
-    targets = times[assignment.targets_of(TEST)]
-    if not len(targets) or not len(training):
-        return
-    later = 1 - np.searchsorted(training, targets, side="right") / len(training)
-    leaking = float(np.mean(later > 0))
-    assignment.facts["share_of_test_targets_older_than_some_training"] = round(leaking, 4)
-    assignment.facts["median_share_of_training_later_than_the_target"] = round(float(np.median(later)), 4)
-    if leaking:
-        assignment.warnings.append(
-            f"{leaking:.1%} of the test targets are older than some training interaction of another user "
-            f"(at the median target, {np.median(later):.1%} of training is later): models can learn from the "
-            f"future. This is known of {assignment.protocol.split('-')[0]} splits; `temporal` is free of it."
-        )

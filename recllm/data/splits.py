@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from tyro.conf import Positional, arg
 
-from recllm.data import split_methods
+from recllm.data import split_facts, split_methods
 from recllm.data.dataset import MANIFEST, Dataset, describe_file, hash_of_files
 from recllm.data.derived import refuse_derived
 from recllm.data.split_methods import PARTS, TEST, TRAIN, UNUSED, VALID, Assignment
@@ -107,6 +107,11 @@ class Split:
         """One hash of the three parts."""
         return hash_of_files(self.manifest["files"])
 
+    @property
+    def in_time(self) -> bool:
+        """Whether no training interaction follows a held-out target of its user, as far as the split says."""
+        return self.manifest["facts"].get(split_facts.TRAINING_AFTER_A_TARGET) == 0
+
     def scan(self, part: str) -> pl.LazyFrame:
         """Returns a part, in input order: `row, user, item, timestamp, rating, target`."""
         if part not in PARTS:
@@ -125,13 +130,16 @@ class Split:
             frame = frame.filter(pl.col("target") == targets)
         return frame.select("row").collect(engine="streaming")["row"].to_numpy()
 
-    def history_rows(self, part: HeldOut) -> np.ndarray:
-        """Returns the rows that may be known when the targets of `part` are predicted, in input order.
+    def history_rows(self, part: str) -> np.ndarray:
+        """Returns the rows that histories of a part are made of, in input order.
 
-        For `valid`: training, and the history of validation users. For `test`: training, validation, and the
-        history of test users. The test file is only opened for `test`.
+        For `train`: training. For `valid`: training, and the history of validation users. For `test`:
+        training, validation, and the history of test users. The test file is only opened for `test`. They may
+        be later than a target: which of them are known is decided by `recllm.data.user_histories`.
         """
-        known = [self.rows("train"), self.rows(part, targets=False)]
+        known = [self.rows("train")]
+        if part != "train":
+            known.append(self.rows(part, targets=False))
         if part == "test":
             known.append(self.rows("valid"))
         return np.sort(np.concatenate(known))
@@ -148,7 +156,7 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
     part = assignment.part
     if options.drop_cold:
         _drop_cold(dataset, assignment)
-    _describe(dataset, assignment)
+    split_facts.describe(dataset, assignment)
     for code in (VALID, TEST):
         if not assignment.targets_of(code).any():
             told = [f"{fact.replace('_', ' ')}: {value:,}" for fact, value in assignment.facts.items()]
@@ -224,14 +232,6 @@ def _drop_cold(dataset: Dataset, assignment: Assignment) -> None:
     assignment.dropped = held_out & ~(known_user[dataset.user_codes] & known_item[dataset.item_codes])
     assignment.facts["cold_targets_left_out"] = int(np.count_nonzero(assignment.dropped))
     assignment.protocol += "-warm"
-
-
-def _describe(dataset: Dataset, assignment: Assignment) -> None:
-    """Adds the facts and warnings that depend on which targets there are in the end."""
-    with_targets = dataset.user_codes[assignment.targets_of(VALID) | assignment.targets_of(TEST)]
-    assignment.facts["users_without_targets"] = len(dataset.users) - len(np.unique(with_targets))
-    if assignment.in_time:
-        split_methods.warn_of_the_future(dataset, assignment)
 
 
 def _counts(assignment: Assignment) -> dict[str, int]:

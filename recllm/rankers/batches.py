@@ -309,9 +309,14 @@ def windows(train: Histories, examples: Examples, length: int) -> tuple[np.ndarr
 
 
 def history_batch(
-    data: TrainingData, histories: Histories, users: np.ndarray, length: int, device: torch.device | str
+    data: TrainingData,
+    histories: Histories,
+    users: np.ndarray,
+    length: int,
+    device: torch.device | str,
+    known: np.ndarray | None = None,
 ) -> Batch:
-    """Returns the latest `length` items of each user; rows of padding for users without a history.
+    """Returns the latest `length` known items of each user; rows of padding for users without a history.
 
     Args:
         data: What the ranker knows.
@@ -319,6 +324,7 @@ def history_batch(
         users: User codes; shape [B].
         length: Items a row at most.
         device: Where the batch goes.
+        known: How many items of each user's history are known; shape [B]. None: all.
     """
     users = users.astype(np.int64)
     timed = data.train.days is not None
@@ -328,6 +334,8 @@ def history_batch(
         begin, stop = (
             np.where(has_one, each[at], 0) for each in (histories.offsets[:-1], histories.offsets[1:])
         )
+        if known is not None:
+            stop = np.minimum(stop, begin + known)
         places, inside = _places(np.maximum(begin, stop - length), stop)
         items = np.where(inside, histories.items[places], 0).astype(np.int64)
         days = np.where(inside, histories.days[places], 0) if timed and histories.days is not None else None

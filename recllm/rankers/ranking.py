@@ -40,6 +40,7 @@ class UserStates:
         data: What it was made from.
         histories: What may be known of the users by now.
         users: Their codes; int64, shape [L].
+        known: How many items of each one's history are known; shape [L]. None: all.
 
     Attributes:
         states: Shape [L, D].
@@ -47,24 +48,34 @@ class UserStates:
     """
 
     @torch.no_grad()
-    def __init__(self, ranker: Ranker, data: TrainingData, histories: Histories, users: np.ndarray) -> None:
+    def __init__(
+        self,
+        ranker: Ranker,
+        data: TrainingData,
+        histories: Histories,
+        users: np.ndarray,
+        known: np.ndarray | None = None,
+    ) -> None:
         self._ranker = ranker.eval()
         device = next(ranker.parameters()).device
         if isinstance(ranker, SequenceRanker):
             self.items = ranker.item_vectors().detach()
+            blocks = (slice(at, at + ROWS) for at in range(0, len(users), ROWS))
             parts = [
-                _states(ranker, data, histories, users[at : at + ROWS], device)
-                for at in range(0, len(users), ROWS)
+                _states(
+                    ranker, data, histories, users[block], device, None if known is None else known[block]
+                )
+                for block in blocks
             ]
             self.states = torch.cat(parts).detach()
         else:
             vectors, self.items = (each.detach() for each in ranker.vectors())
             codes = torch.from_numpy(users).to(device)
-            known = np.zeros(data.n_users, dtype=bool)
-            known[data.train.users] = True
-            self.states = vectors[codes] * torch.from_numpy(known[users]).to(device)[:, None]
-            if ranker.folds_in and not known[users].all():
-                unknown = np.flatnonzero(~known[users])
+            trained = np.zeros(data.n_users, dtype=bool)
+            trained[data.train.users] = True
+            self.states = vectors[codes] * torch.from_numpy(trained[users]).to(device)[:, None]
+            if ranker.folds_in and not trained[users].all():
+                unknown = np.flatnonzero(~trained[users])
                 folded = ranker.fold_in(_interactions(histories, users[unknown], data.n_items))
                 self.states[torch.from_numpy(unknown).to(device)] = folded
 
@@ -115,9 +126,14 @@ class UserStates:
 
 
 def _states(
-    ranker: SequenceRanker, data: TrainingData, histories: Histories, users: np.ndarray, device: torch.device
+    ranker: SequenceRanker,
+    data: TrainingData,
+    histories: Histories,
+    users: np.ndarray,
+    device: torch.device,
+    known: np.ndarray | None,
 ) -> Tensor:
-    batch = history_batch(data, histories, users, ranker.config.length, device)
+    batch = history_batch(data, histories, users, ranker.config.length, device, known)
     states = [(rows, ranker.states(part)) for rows, part in batch.by_length()]
     whole = torch.empty(len(batch), states[0][1].shape[1], device=device)
     for rows, part in states:
@@ -161,7 +177,8 @@ def check_users_are_served(kind: type[Ranker], split: Split, part: HeldOut) -> N
 def user_states(
     ranker: Ranker, data: TrainingData, split: Split, part: HeldOut, users: np.ndarray
 ) -> UserStates:
-    """Returns the states of users before the targets of a part; the test file is opened for `test` only.
+    """Returns the states of users before their first targets of a part; the test file is opened for `test`
+    only.
 
     Raises:
         DataError: As `check_users_are_served`.
@@ -173,7 +190,7 @@ def user_states(
 def score_candidates(
     ranker: Ranker, data: TrainingData, split: Split, part: HeldOut, candidates: pl.DataFrame
 ) -> pl.DataFrame:
-    """Scores candidate lists.
+    """Scores candidate lists, each by what is known of its user before its target.
 
     Args:
         ranker: The ranker.
@@ -186,12 +203,19 @@ def score_candidates(
         `user, target, item, score` (float32), one row for each candidate.
 
     Raises:
-        DataError: A user or item is not in the dataset.
+        DataError: A user or item is not in the dataset, or a target is not of its user and the part.
     """
     users = codes_of(candidates["user"], split.dataset.users["user"], "user")
     items = codes_of(candidates["item"], split.dataset.items["item"], "item")
-    asked, place = np.unique(users, return_inverse=True)
-    scores = user_states(ranker, data, split, part, asked).of_pairs(place, items)
+    if isinstance(ranker, SequenceRanker) and "target" in candidates.columns:
+        targets = codes_of(candidates["target"], split.dataset.items["item"], "item")
+        histories, known = data.known_before_each(split, part, users, targets)
+        (asked, known), place = np.unique(np.stack([users, known]), axis=1, return_inverse=True)
+        states = UserStates(ranker, data, histories, asked, known)
+    else:
+        asked, place = np.unique(users, return_inverse=True)
+        states = user_states(ranker, data, split, part, asked)
+    scores = states.of_pairs(place.reshape(-1), items)
     keys = [name for name in ("user", "target", "item") if name in candidates.columns]
     return candidates.select(keys).with_columns(score=pl.Series(scores))
 

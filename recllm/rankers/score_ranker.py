@@ -40,8 +40,9 @@ class ScoreRankerOptions:
     """For full ranking, what is no candidate: seen (training, validation at test time), train, none."""
     graph: Literal["known", "training"] = "training"
     """What rankers over a graph of interactions propagate over. training: training interactions alone, as
-    MMRec and RecBole do. known: also what came since, of all users; a sequence ranker reads that of the user
-    alone, so that the two are not on a par (ours)."""
+    MMRec and RecBole do. known: also what else is known of each user before the first of the user's targets;
+    a sequence ranker reads that of the user alone, so that the two are not on a par (ours). On a split that
+    is not in time, both graphs hold training interactions that are later than targets."""
     top_k: int = 0
     """For full ranking: also write each target's best so many items to topk/, for a second stage; 0 for
     none."""

@@ -87,36 +87,66 @@ class TrainingData:
         )
 
     def known_before(self, split: Split, part: HeldOut) -> Histories:
-        """Returns what may be known of each user when the targets of `part` are predicted.
+        """Returns what is known of each user before the first of the user's targets of `part`.
 
         The test file is opened for `test` only.
         """
-        return _histories(open_sequences(split, part), self.first_second)
+        sequences = open_sequences(split, part)
+        whole = _histories(sequences, self.first_second)
+        return _first(whole, sequences.ends() - whole.offsets[:-1])
 
-    def knowing(self, histories: Histories) -> TrainingData:
-        """Returns data in which the users' interactions are all that is known of them by a later time.
-
-        A trained ranker that is made from these data propagates over the graph of then; it fits the same
-        weights.
+    def known_before_each(
+        self, split: Split, part: HeldOut, users: np.ndarray, targets: np.ndarray
+    ) -> tuple[Histories, np.ndarray]:
+        """Returns what is known of users before each of some targets.
 
         Args:
-            histories: What `known_before` returns. Users of whom it says nothing keep their training
-                interactions; users without any are left out, as no weight of theirs was trained.
+            split: The split.
+            part: The part of the targets; the test file is opened for `test` only.
+            users: User codes; shape [N].
+            targets: Item codes; shape [N].
+
+        Returns:
+            Histories up to each user's last target, and how many items of them precede each of the given
+            ones; int64, shape [N].
+
+        Raises:
+            DataError: One is no target of its user.
         """
-        later = np.isin(self.train.users, histories.users)
-        old, new = _select(self.train, ~later), _select(histories, np.isin(histories.users, self.train.users))
-        train = Histories(
-            np.concatenate([old.users, new.users]),
-            np.concatenate([old.offsets, old.offsets[-1] + new.offsets[1:]]),
-            np.concatenate([old.items, new.items]),
-            None if old.days is None or new.days is None else np.concatenate([old.days, new.days]),
+        sequences = open_sequences(split, part)
+        return _histories(sequences, self.first_second), sequences.before(users, targets + 1)
+
+    def knowing(self, histories: Histories) -> TrainingData:
+        """Returns data in which the users' interactions are those of training and what else is known of them.
+
+        A trained ranker that is made from these data propagates over the graph of then; it fits the same
+        weights. On a split that is not in time, training interactions may be later than a target: they stay,
+        for the weights have learned from them.
+
+        Args:
+            histories: What `known_before` returns. Users without training interactions are left out, as no
+                weight of theirs was trained.
+        """
+        train = self.train
+        known = _select(histories, np.isin(histories.users, train.users))
+        owners = _owners(train), _owners(known)
+        old, new = (
+            owner * (self.n_items + 1) + each.items
+            for owner, each in zip(owners, (train, known), strict=True)
         )
-        return replace(self, train=train)
+        later = ~np.isin(new, old)
+        owner = np.concatenate([owners[0], owners[1][later]])
+        order = np.argsort(owner, kind="stable")
+        users, counts = np.unique(owner, return_counts=True)
+        days = None
+        if train.days is not None and known.days is not None:
+            days = np.concatenate([train.days, known.days[later]])[order]
+        items = np.concatenate([train.items, known.items[later]])[order]
+        return replace(self, train=Histories(users, np.concatenate(([0], np.cumsum(counts))), items, days))
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns user codes and item codes of the distinct training pairs, by user."""
-        owner = np.repeat(self.train.users.astype(np.int64), np.diff(self.train.offsets))
-        distinct = np.unique(owner * self.n_items + (self.train.items - 1))
+        distinct = np.unique(_owners(self.train) * self.n_items + (self.train.items - 1))
         return distinct // self.n_items, distinct % self.n_items
 
 
@@ -131,6 +161,21 @@ def days_since(first: int, seconds: np.ndarray) -> np.ndarray:
     """Converts UTC seconds to days since the second `first`; NaN where the time is `NO_TIME`."""
     known = seconds != NO_TIME
     return np.where(known, (np.where(known, seconds, first) - first) / SECONDS_A_DAY, np.nan)
+
+
+def _owners(histories: Histories) -> np.ndarray:
+    """The user of each interaction; int64, shape [interactions]."""
+    return np.repeat(histories.users.astype(np.int64), np.diff(histories.offsets))
+
+
+def _first(histories: Histories, counts: np.ndarray) -> Histories:
+    """Cuts each history to its first so many interactions."""
+    lengths = np.diff(histories.offsets)
+    if np.array_equal(counts, lengths):
+        return histories
+    rows = np.arange(len(histories.items)) < np.repeat(histories.offsets[:-1] + counts, lengths)
+    days = None if histories.days is None else histories.days[rows]
+    return Histories(histories.users, np.concatenate(([0], np.cumsum(counts))), histories.items[rows], days)
 
 
 def _select(histories: Histories, wanted: np.ndarray) -> Histories:

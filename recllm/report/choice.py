@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from recllm.data.dataset import NO_TIME, Dataset
+from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
+from recllm.data.user_histories import UserHistories
 from recllm.evaluation.ranks import RankRecords
 
 Turn = tuple[str, str]
@@ -68,18 +69,22 @@ def choose(records: RankRecords, count: int, seed: int) -> list[Chosen]:
     ]
 
 
-def histories(dataset: Dataset, split: Split, part: str, users: Sequence[str]) -> dict[str, list[int]]:
-    """Returns the item codes that were known of each user, oldest first."""
-    codes = dataset.users.with_row_index("code").filter(pl.col("user").is_in(list(users)))
-    rows = split.history_rows(part)  # type: ignore[arg-type]
-    rows = rows[np.isin(dataset.user_codes[rows], codes["code"].to_numpy())]
-    if dataset.timestamps is not None:
-        times = dataset.timestamps[rows]
-        rows = rows[np.argsort(np.where(times == NO_TIME, np.iinfo(np.int64).min, times), kind="stable")]
-    return {
-        user: dataset.item_codes[rows[dataset.user_codes[rows] == code]].tolist()
-        for code, user in codes.select("code", "user").iter_rows()
-    }
+def histories(split: Split, part: str, chosen: Sequence[Chosen]) -> list[list[int]]:
+    """Returns the item codes that were known of the user of each list before its target, oldest first; where
+    a list has several targets, before the first of them."""
+    dataset, of = split.dataset, UserHistories.of(split, part)
+    first = of.before_first_target()
+    user_codes = {user: code for code, user in enumerate(dataset.users["user"])}
+    item_codes = {item: code for code, item in enumerate(dataset.items["item"])}
+    known = []
+    for one in chosen:
+        user = user_codes[one.user]
+        count = first[user]
+        if one.target is not None:
+            (count,) = of.before(np.array([user]), np.array([item_codes[one.target]]))
+        begin = of.offsets[user]
+        known.append(dataset.item_codes[of.rows[begin : begin + count]].tolist())
+    return known
 
 
 def item_texts(

@@ -63,7 +63,7 @@ def examples_section(
     dataset, frame = inputs.dataset, inputs.candidates.frame
     part = "valid" if inputs.protocol.endswith("/valid") else "test"
     chosen = choose(main, count, seed)
-    known = histories(dataset, inputs.split, part, [one.user for one in chosen])
+    known = histories(inputs.split, part, chosen)
     users, targets = (
         frame["user"].to_numpy(),
         frame["target"].to_numpy() if "target" in frame.columns else None,
@@ -98,13 +98,13 @@ def examples_section(
     )
     if inputs.instructions is None:
         body += page.missing("The prompts are not shown: <code>--instructions</code> names their folder.")
-    for one, rows in zip(chosen, lists, strict=True):
+    for one, rows, items_known in zip(chosen, lists, known, strict=True):
         body += _example(
             one,
             frame["item"].gather(rows).to_list(),
             scored,
             rows,
-            known.get(one.user, []),
+            items_known,
             catalog,
             inputs.instructions,
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from recllm.data.user_histories import UserHistories
 from recllm.evaluation import compute_metrics, tables
 from recllm.report import measures, page, plots
 from recllm.report.headline import figures_of, headline_metrics, spelled
@@ -147,10 +148,9 @@ def history_section(
 
 
 def known_interactions(inputs: Inputs, users: pl.Series, part: str) -> np.ndarray:
-    """Returns for each of `users` [U] how many interactions may be known when its targets are predicted."""
+    """Returns for each of `users` [U] how many interactions are known before the first of its targets."""
     assert inputs.dataset is not None and inputs.split is not None
-    rows = inputs.split.history_rows(part)  # type: ignore[arg-type]
-    counts = np.bincount(inputs.dataset.user_codes[rows], minlength=len(inputs.dataset.users))
+    counts = UserHistories.of(inputs.split, part).before_first_target()
     table = inputs.dataset.users.select("user").with_columns(known=pl.Series(counts))
     return (
         pl.DataFrame({"user": users})

@@ -16,15 +16,15 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
-from recllm.data.ordering import group_by_user_in_time
 from recllm.data.splits import HeldOut, Split
+from recllm.data.user_histories import UserHistories
 from recllm.errors import DataError
 
 _BLOCK = 8192  # candidate rows scored at a time
 
 
 class MeanProfiles:
-    """Users as means of the items that may be known of them.
+    """Users as means of the items that are known of them before a target (`recllm.data.user_histories`).
 
     A score is the inner product of the two vectors that `of_users` and `item_vectors` give. Both have one
     coordinate more than the texts' vectors: it is 1 for users with a profile and -1 for items without a text,
@@ -32,7 +32,7 @@ class MeanProfiles:
 
     Args:
         split: The split.
-        part: `valid` or `test`: what may be known when its targets are predicted is `Split.history_rows`.
+        part: `valid` or `test`: whose targets are to be ranked.
         vectors: One for each item code; float32, shape [items, d].
         present: Which items have a text; bool, shape [items].
         history: Only the latest so many known interactions with a text count; 0 for all. A repeated
@@ -40,7 +40,8 @@ class MeanProfiles:
 
     Attributes:
         item_vectors: float32, shape [items, d + 1].
-        without_profile: Which users have no known item with a text; bool, shape [users].
+        without_profile: Which users have no item with a text before the first of their targets; bool, shape
+            [users].
 
     Raises:
         DataError: `history` is negative, or no item has a text.
@@ -65,21 +66,37 @@ class MeanProfiles:
         unit[~present, -1] = -1
         self.item_vectors = unit
         self._item_ids, self._user_ids = dataset.items["item"], dataset.users["user"]
-        self._weights = _known(split, part, present, history)
-        self.without_profile = np.diff(self._weights.indptr) == 0
+        self._histories, self._history = UserHistories.of(split, part), history
+        # How many of the interactions up to each one are with an item that has a text.
+        known = dataset.item_codes[self._histories.rows]
+        with_text = present[known]
+        self._known = known[with_text]
+        self._before = np.concatenate(([0], np.cumsum(with_text)))
+        self._first = self._histories.before_first_target()
+        self.without_profile = self._counts(np.arange(len(self._first)), self._first) == 0
 
-    def of_users(self, users: np.ndarray) -> np.ndarray:
+    def of_users(self, users: np.ndarray, known: np.ndarray | None = None) -> np.ndarray:
         """Returns the profiles of some users.
 
         Args:
             users: User codes; shape [n].
+            known: How many interactions of each user's history are known; shape [n]. None: those before the
+                first of the user's targets.
 
         Returns:
             float32, shape [n, d + 1]: a unit vector and a 1, or zeros for a user without a profile.
         """
-        mean = self._weights[users] @ self.item_vectors[:, :-1]
+        known = self._first[users] if known is None else known
+        counts = self._counts(users, known)
+        ends = self._before[self._histories.offsets[users] + known]
+        places = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        items = self._known[np.repeat(ends - counts, counts) + places]
+        weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        mean_of = sparse.csr_array((weights, items, offsets), shape=(len(users), len(self.item_vectors)))
+        mean = mean_of @ self.item_vectors[:, :-1]
         length = np.linalg.norm(mean.astype(np.float64), axis=1, keepdims=True)
-        has_one = ~self.without_profile[users] & (length[:, 0] > 0)
+        has_one = (counts > 0) & (length[:, 0] > 0)
         profiles = np.zeros((len(users), mean.shape[1] + 1), dtype=np.float32)
         profiles[has_one, :-1] = mean[has_one] / length[has_one]
         profiles[has_one, -1] = 1
@@ -89,43 +106,38 @@ class MeanProfiles:
         """Scores candidate lists, a block of rows at a time.
 
         Args:
-            candidates: `user, target, item, label`, as `recllm.data.candidates` writes them.
+            candidates: `user, target, item, label`, as `recllm.data.candidates` writes them. Each list is
+                scored by what precedes its target; without the column `target`, by what precedes the first
+                of the user's targets.
 
         Returns:
             `user, target, item, score` (float32), one row for each candidate. Items with equal vectors have
             equal scores.
 
         Raises:
-            DataError: A user or item is not in the dataset.
+            DataError: A user or item is not in the dataset, or a target is none of the part.
         """
         users = codes_of(candidates["user"], self._user_ids, "user")
         items = codes_of(candidates["item"], self._item_ids, "item")
+        known = self._first[users]
+        if "target" in candidates.columns:
+            known = self._histories.before(users, codes_of(candidates["target"], self._item_ids, "item"))
         scores = np.empty(len(users), dtype=np.float32)
         for start in range(0, len(users), _BLOCK):
             block = slice(start, start + _BLOCK)
-            asked, place = np.unique(users[block], return_inverse=True)
+            pairs = np.stack([users[block], known[block]])
+            asked, place = np.unique(pairs, axis=1, return_inverse=True)
             # Products and sums row by row: a matrix product may round equal rows differently.
-            scores[block] = (self.of_users(asked)[place] * self.item_vectors[items[block]]).sum(axis=1)
+            profiles = self.of_users(*asked)[place.reshape(-1)]
+            scores[block] = (profiles * self.item_vectors[items[block]]).sum(axis=1)
         keys = [name for name in ("user", "target", "item") if name in candidates.columns]
         return candidates.select(keys).with_columns(score=pl.Series(scores))
 
-
-def _known(split: Split, part: HeldOut, present: np.ndarray, history: int) -> sparse.csr_array:
-    """The known interactions with a text as rows of weights that sum to 1; float32, shape [users, items]."""
-    dataset = split.dataset
-    rows = split.history_rows(part)
-    rows = rows[present[dataset.item_codes[rows]]]
-    times = dataset.timestamps
-    order, offsets = group_by_user_in_time(
-        dataset.user_codes[rows], None if times is None else times[rows], len(dataset.users)
-    )
-    items, counts = dataset.item_codes[rows][order], np.diff(offsets)
-    if history:
-        from_the_end = np.repeat(offsets[1:], counts) - np.arange(len(items))
-        items, counts = items[from_the_end <= history], np.minimum(counts, history)
-        offsets = np.concatenate(([0], np.cumsum(counts)))
-    weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
-    return sparse.csr_array((weights, items, offsets), shape=(len(dataset.users), len(dataset.items)))
+    def _counts(self, users: np.ndarray, known: np.ndarray) -> np.ndarray:
+        """How many known interactions with a text make each user's profile; shape [n]."""
+        begin = self._histories.offsets[users]
+        counts = self._before[begin + known] - self._before[begin]
+        return np.minimum(counts, self._history) if self._history else counts
 
 
 def codes_of(ids: pl.Series, known: pl.Series, what: str) -> np.ndarray:

@@ -68,7 +68,12 @@ def test_histories_are_what_the_split_allows_in_order_of_time(tmp_path, method, 
         for target in histories.targets(user):
             seen_targets.append(target.row)
             assert dataset.items["item"][target.item] == log["item"][target.row]
-            assert target.row not in history.rows[: target.known].tolist()
+            when = log["timestamp"][target.row], target.row
+            earlier = [row for row in history.rows.tolist() if (log["timestamp"][row], row) < when]
+            assert history.first(target.known).rows.tolist() == earlier
+            assert histories.known_before(target.row, history.rows[: target.known])
+            for row in set(range(len(log))) - set(earlier):
+                assert not histories.known_before(target.row, np.array([*earlier, row]))
     if part == "train":
         firsts = [
             histories.history(user).rows[0]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -17,10 +20,13 @@ from recllm.builders.items import summarize_items
 from recllm.builders.options import ImagePromptOptions, InstructionOptions, ItemOptions, UserOptions
 from recllm.builders.preferences import ItemTexts, Summary
 from recllm.builders.users import summarize_users
+from recllm.cli import main
+from recllm.data import Dataset, write_dataset
 from recllm.mllm.chat import hash_of_messages, message
 from recllm.prompts import TEMPLATES
 from recllm.prompts.safe_text import safe_text
 from tests.builders.worlds import split_of, words_of, write_world
+from tests.conftest import make_dataset
 
 VALID, TEST = "zqvalidmark", "zqtestmark"
 TRAINING_TEXTS = ("tubc-train", "preference", "reveal-prompts")
@@ -91,17 +97,120 @@ def test_the_marks_are_seen_where_they_may_be(marked, backend):
     assert VALID in found and TEST in found
 
 
-def test_the_guard_stops_a_builder_that_shows_what_it_must_not(marked, backend, monkeypatch):
-    summarize_users(UserOptions(marked.folder, "rule", parts=("train",)))
+def everything_of_the_user(self, user):
+    mine = np.flatnonzero(self.split.dataset.user_codes == user)
+    return History(user, mine, self.split.dataset.item_codes[mine])
 
-    def everything(self, user):
-        log = self.split.dataset.interactions
-        mine = np.flatnonzero(log["user"].to_numpy() == self.split.dataset.users["user"][user])
-        return History(user, mine, self.split.dataset.item_codes[mine])
 
-    monkeypatch.setattr(Histories, "history", everything)
+def all_that_the_part_allows(self, user):
+    """What earlier versions told every held-out target: the history of the part, whatever its time."""
+    known = len(self.history(user).rows)
+    return [replace(target, known=known) for target in targets_of(self, user)]
+
+
+def everything_but_the_first(self, user):
+    return [replace(target, known=target.known + 1) for target in targets_of(self, user)]
+
+
+targets_of = Histories.targets
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "broken"),
+    [
+        ("loo", "train", {"history": everything_of_the_user, "targets": all_that_the_part_allows}),
+        ("loo", "train", {"targets": everything_but_the_first}),
+        ("loo", "valid", {"history": everything_of_the_user, "targets": all_that_the_part_allows}),
+        ("random", "test", {"targets": all_that_the_part_allows}),
+        ("random", "valid", {"targets": all_that_the_part_allows}),
+        ("ratio", "test", {"targets": all_that_the_part_allows}),
+    ],
+)
+def test_the_guard_stops_a_builder_that_shows_what_it_must_not(tmp_path, monkeypatch, method, part, broken):
+    dataset = make_dataset(tmp_path / "d")
+    split_of(dataset, method)
+    options = InstructionOptions(dataset.folder, split=method, parts=(part,), history=99, preference="none")
+    options.targets_per_user, options.history_as = 0, "title"
+    build_instructions(options)
+    for name, replacement in broken.items():
+        monkeypatch.setattr(Histories, name, replacement)
     with pytest.raises(RuntimeError, match="must not be known"):
-        build_instructions(InstructionOptions(marked.folder, parts=("train",), history=9, preference="none"))
+        build_instructions(replace(options, name="broken"))
+    assert not (dataset.folder / "instructions" / "broken").exists()
+
+
+def later_than_its_target(dataset, rows: pl.DataFrame) -> pl.DataFrame:
+    """Which shown interactions follow their row's target, by the times of the log and then its order."""
+    times = (
+        dataset.interactions.select("timestamp").with_row_index("row").with_columns(pl.col("row").cast(int))
+    )
+    shown = rows.select("target_row", "shown").explode("shown").drop_nulls()
+    shown = shown.join(times, left_on="shown", right_on="row")
+    shown = shown.join(times, left_on="target_row", right_on="row", suffix="_target")
+    return shown.filter(
+        (pl.col("timestamp") > pl.col("timestamp_target"))
+        | ((pl.col("timestamp") == pl.col("timestamp_target")) & (pl.col("shown") >= pl.col("target_row")))
+    )
+
+
+@pytest.mark.parametrize("method", ["loo", "ratio", "random", "users", "temporal", "given"])
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_no_prompt_tells_of_what_follows_its_target(tmp_path, backend, method, part):
+    """Of every split method: histories that are listed, and TUBC's summaries with the windows they cover."""
+    dataset = make_dataset(tmp_path / "plain")
+    parts = np.random.default_rng(3).choice(
+        ["train", "valid", "test"], len(dataset.interactions), p=[0.7, 0.15, 0.15]
+    )
+    log = dataset.interactions.with_columns(part=pl.Series(parts))
+    dataset = write_dataset(
+        tmp_path / "d", items=dataset.items, interactions=log, users=dataset.users, source={}
+    )
+    split = split_of(dataset, method)
+    summarize_items(ItemOptions(dataset.folder, "rule"))
+    summarize_users(UserOptions(dataset.folder, "rule", split=method, parts=(part,), window=3, step=2))
+    build_instructions(
+        InstructionOptions(
+            dataset.folder,
+            split=method,
+            parts=(part,),
+            history=99,
+            targets_per_user=0,
+            form="cot",
+            name="rows",
+        )
+    )
+    rows = pl.read_parquet(dataset.folder / "instructions" / "rows" / f"{part}.parquet")
+    assert rows["shown"].list.len().max() > 3
+    assert later_than_its_target(dataset, rows).is_empty()
+    if part != "train":
+        assert set(rows["target_row"]) == set(split.rows(part, targets=True).tolist())
+        manifest = json.loads((dataset.folder / "instructions" / "rows" / "manifest.json").read_text())
+        without = rows.filter(pl.col("shown").list.len() == 0)
+        assert manifest["counts"][part].get("rows_without_summary", 0) == len(without)
+
+
+def test_no_test_prompt_of_a_random_split_of_movielens_lists_a_later_movie(shared_data, tmp_path):
+    raw = shared_data("ml-latest-small-posters")
+    main(["data", "import", "movielens", str(raw), str(tmp_path / "ml")])
+    main(["data", "split", str(tmp_path / "ml"), "random"])
+    dataset = Dataset.open(tmp_path / "ml")
+    for part in ("valid", "test"):
+        build_instructions(
+            InstructionOptions(
+                dataset.folder,
+                split="random-8-1-1-seed42",
+                preference="none",
+                history=10,
+                history_as="title",
+                target_image=False,
+                parts=(part,),
+                limit=200,
+                name=part,
+            )
+        )
+        rows = pl.read_parquet(dataset.folder / "instructions" / part / f"{part}.parquet")
+        assert rows["shown"].list.len().mean() > 8
+        assert later_than_its_target(dataset, rows).is_empty()
 
 
 HOSTILE = st.one_of(

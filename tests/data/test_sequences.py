@@ -17,11 +17,17 @@ from recllm.rankers import Popularity
 from tests.conftest import make_dataset
 
 
-def by_hand(split: Split, rows) -> dict[int, list[int]]:
+def in_order(split: Split, rows) -> list[tuple[int, int]]:
+    """(time, row) of some rows, in order."""
     dataset = split.dataset
     times = dataset.timestamps if dataset.has_timestamps else np.zeros(len(dataset.user_codes))
+    return sorted((int(times[row]), int(row)) for row in rows)
+
+
+def by_hand(split: Split, rows) -> dict[int, list[int]]:
+    dataset = split.dataset
     histories: dict[int, list[int]] = {}
-    for _, row in sorted((times[row], row) for row in rows):
+    for _, row in in_order(split, rows):
         histories.setdefault(int(dataset.user_codes[row]), []).append(int(dataset.item_codes[row]) + 1)
     return histories
 
@@ -38,15 +44,24 @@ def test_sequences_equal_the_log_in_time(tmp_path, method, timed):
     assert {int(user): train.history(place).tolist() for place, user in enumerate(train.users)} == expected
     for part in ("valid", "test"):
         sequences = open_sequences(split, part)
-        history, targets = (
-            by_hand(split, split.history_rows(part)),
-            by_hand(split, split.rows(part, targets=True)),
-        )
+        targets = by_hand(split, split.rows(part, targets=True))
+        asked = {user: [] for user in targets}
+        for target in in_order(split, split.rows(part, targets=True)):
+            asked[int(dataset.user_codes[target[1]])].append(target)
+        allowed = in_order(split, split.history_rows(part))
         assert sequences.users.tolist() == sorted(targets)
         for place, user in enumerate(sequences.users.tolist()):
-            assert sequences.history(place).tolist() == history.get(user, [])
             first, last = sequences.target_offsets[place : place + 2]
             assert sequences.targets[first:last].tolist() == targets[user]
+            mine = [each for each in allowed if dataset.user_codes[each[1]] == user]
+            for number, target in enumerate(asked[user]):
+                earlier = [int(dataset.item_codes[row]) + 1 for time, row in mine if (time, row) < target]
+                assert sequences.history(place, number).tolist() == earlier
+            whole = sequences.items[sequences.offsets[place] : sequences.offsets[place + 1]].tolist()
+            assert whole == earlier  # nothing is kept that is later than all targets
+            first_known = sequences.history(place).tolist()
+            padded = first_known[-3:] + [PADDING] * (3 - len(first_known[-3:]))
+            assert sequences.batch(np.array([place]), 3).tolist() == [padded]
     assert len(train.timestamps) == (len(train.items) if timed else 0)
 
 

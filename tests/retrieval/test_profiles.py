@@ -47,6 +47,9 @@ def test_an_example_by_hand(tmp_path):
     half = np.sqrt(0.5)
     assert np.allclose(scores, [half, half, -half, 7 / 5 * half, 1, -1], atol=1e-6)
     # At test time u knows c too, at (-1, 0): the mean is (0, 1/3).
+    with pytest.raises(DataError, match="row 0: its `target` is not held out of its user in this part"):
+        MeanProfiles(split, "test", HAND, PRESENT).score(asked)
+    asked = asked.with_columns(target=pl.lit("d"))
     scores = MeanProfiles(split, "test", HAND, PRESENT).score(asked)["score"]
     assert np.allclose(scores, [0, 1, 0, 0.8, half, -1], atol=1e-6)
     # Only the latest two, b and c: (-1, 1) / sqrt 2.
@@ -54,14 +57,22 @@ def test_an_example_by_hand(tmp_path):
     assert np.allclose(scores, [-half, half, half, half / 5, 0, -1], atol=1e-6)
 
 
-def naive_profile(split, part, user, vectors, present, history):
+def naive_profile(split, part, user, vectors, present, history, target=None):
     """Sorts the user's known rows by time, and averages unit vectors of those with a text."""
     dataset = split.dataset
     known = set(split.rows("train")) | (set(split.rows("valid")) if part == "test" else set())
     known |= set(split.rows(part, targets=False))
-    rows = sorted(row for row in known if dataset.user_codes[row] == user)
-    if dataset.timestamps is not None:
-        rows = sorted(rows, key=lambda row: dataset.timestamps[row])
+
+    def place(row):
+        return (0 if dataset.timestamps is None else dataset.timestamps[row]), row
+
+    targets = [
+        place(row)
+        for row in split.rows(part, targets=True)
+        if dataset.user_codes[row] == user and target in (None, dataset.item_codes[row])
+    ]
+    rows = sorted((row for row in known if dataset.user_codes[row] == user), key=place)
+    rows = [row for row in rows if not targets or place(row) < min(targets)]
     items = [dataset.item_codes[row] for row in rows if present[dataset.item_codes[row]]]
     if not items:
         return None
@@ -71,9 +82,11 @@ def naive_profile(split, part, user, vectors, present, history):
 
 @pytest.mark.parametrize("part", ["valid", "test"])
 @pytest.mark.parametrize("history", [0, 1, 4])
-@pytest.mark.parametrize("method", ["loo", "users", "random"])
-def test_scores_equal_a_naive_computation(tmp_path, part, history, method):
-    dataset = make_dataset(tmp_path / "d", timed=method != "random")
+@pytest.mark.parametrize(
+    ("method", "timed"), [("loo", True), ("users", True), ("random", True), ("random", False)]
+)
+def test_scores_equal_a_naive_computation(tmp_path, part, history, method, timed):
+    dataset = make_dataset(tmp_path / "d", timed=timed)
     split = split_of(dataset, method)
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(40, 6)).astype(np.float32) * rng.uniform(0.1, 9, (40, 1)).astype(np.float32)
@@ -96,6 +109,17 @@ def test_scores_equal_a_naive_computation(tmp_path, part, history, method):
         }
     )
     assert np.allclose(model.score(pairs)["score"], expected.ravel(), atol=1e-5)
+    asked = split.scan(part).filter(pl.col("target")).select("user", target="item", item="item").collect()
+    found = model.score(asked)["score"].to_list()
+    for row, score in zip(split.rows(part, targets=True), found, strict=True):
+        user, item = dataset.user_codes[row], dataset.item_codes[row]
+        profile = naive_profile(split, part, user, vectors.astype(np.float64), present, history, item)
+        expected = -1.0 if not present[item] else None
+        if profile is None:
+            expected = 0.0
+        elif expected is None:
+            expected = vectors[item] @ profile / np.linalg.norm(vectors[item])
+        assert score == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("part", ["valid", "test"])
