@@ -34,7 +34,8 @@ def describe(dataset: Dataset, assignment: Assignment) -> None:
     facts["users_without_targets"] = _without(users, valid | test, len(dataset.users))
     facts["users_without_test_target"] = _without(users, test, len(dataset.users))
     facts["users_without_training_row"] = _without(users, train, len(dataset.users))
-    facts["items_without_test_target"] = _without(items, test, len(dataset.items))
+    if assignment.protocol.startswith("random"):
+        facts["items_without_test_target"] = _without(items, test, len(dataset.items))
     facts["items_without_training_row"] = _without(items, train, len(dataset.items))
     if dataset.has_timestamps:
         shared = _shares_its_second(dataset)

@@ -9,6 +9,7 @@ from fractions import Fraction
 import numpy as np
 import polars as pl
 
+from recllm.data.coverage import covering_parts
 from recllm.data.dataset import NO_TIME, Dataset
 from recllm.data.ordering import group_by_user, group_by_user_in_time
 from recllm.errors import DataError
@@ -91,14 +92,34 @@ def per_user_ratio(dataset: Dataset, ratios: np.ndarray, order: str, seed: int) 
     return assignment
 
 
-def random_samples(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
-    """Splits interactions at random, whoever they belong to (MLLM-SRec, experiments: random 80/10/10)."""
+def random_samples(dataset: Dataset, ratios: np.ndarray, seed: int, *, cover: bool = False) -> Assignment:
+    """Splits interactions at random, whoever they belong to (MLLM-SRec, experiments: random 80/10/10).
+
+    Args:
+        dataset: The dataset.
+        ratios: Shares of training, validation and test.
+        seed: The seed.
+        cover: Users and items stand in training and in test, as far as that can be (see
+            `recllm.data.coverage`); the paper says that it is ensured.
+    """
     rows = len(dataset.user_codes)
     train, valid = _cut(rows, ratios)
     part = np.full(rows, TEST, dtype=np.int8)
-    shuffled = np.random.default_rng(seed).permutation(rows)
-    part[shuffled[:train]], part[shuffled[train : train + valid]] = TRAIN, VALID
-    assignment = Assignment(f"random-{_name(ratios)}-seed{seed}", part, np.ones(rows, dtype=bool))
+    random = np.random.default_rng(seed)
+    if cover:
+        timed = np.ones(rows, dtype=bool)
+        if dataset.has_timestamps:
+            timed = dataset.timestamps != NO_TIME
+        counts = len(dataset.users), len(dataset.items)
+        sizes = valid, rows - train - valid
+        held_out = covering_parts(dataset.user_codes, dataset.item_codes, *counts, timed, sizes, random)
+        part[:] = TRAIN
+        part[held_out[0]], part[held_out[1]] = VALID, TEST
+    else:
+        shuffled = random.permutation(rows)
+        part[shuffled[:train]], part[shuffled[train : train + valid]] = TRAIN, VALID
+    protocol = f"random-{_name(ratios)}{'-cover' * cover}-seed{seed}"
+    assignment = Assignment(protocol, part, np.ones(rows, dtype=bool))
     _without_untimed_targets(dataset, assignment)
     return assignment
 

@@ -48,6 +48,10 @@ class SplitOptions:
     """For ratio: a random share of each user's interactions, or the last ones in time."""
     seed: int = 42
     """Seed of random splits."""
+    cover: bool = False
+    """For random: users and items stand in training and in test, as MLLM-SRec promises, as far as that can
+    be. A user or an item with one interaction stands in training alone, and a test share that is too small
+    for all leaves some out; the command says how many. The parts keep their sizes."""
     drop_cold: bool = False
     """Leave out validation and test targets whose user or item does not occur in training."""
     name: str | None = None
@@ -205,6 +209,8 @@ def _assign(dataset: Dataset, options: SplitOptions) -> Assignment:
     """Assigns each interaction to a part, by the method that the options name."""
     if options.seed < 0:
         raise DataError(f"--seed {options.seed}: expected 0 or more")
+    if options.cover and options.method != "random":
+        raise DataError(f"--cover is for the random split; {options.method} has rules of its own")
     if options.method == "loo":
         return split_methods.leave_one_out(dataset)
     if options.method == "given":
@@ -215,7 +221,7 @@ def _assign(dataset: Dataset, options: SplitOptions) -> Assignment:
     if options.method == "ratio":
         return split_methods.per_user_ratio(dataset, ratios, options.order, options.seed)
     if options.method == "random":
-        return split_methods.random_samples(dataset, ratios, options.seed)
+        return split_methods.random_samples(dataset, ratios, options.seed, cover=options.cover)
     if options.method == "users":
         return split_methods.by_user(dataset, ratios, options.seed)
     return split_methods.temporal(dataset, ratios)

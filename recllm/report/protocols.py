@@ -28,6 +28,8 @@ def explain(protocol: str) -> str:
     if not known:
         return "The candidate file names no protocol of recllm; the lists were ranked as the file has them."
     sentences = [_SPLITS[known[-1]] + _details(first.removeprefix(known[-1]))]
+    if "-cover" in first:
+        sentences.append("Users and items stand in training and in test, as far as that can be")
     if first.endswith("-warm"):
         sentences.append("Targets whose user or item training does not know are left out")
     drawn = re.fullmatch(r"1\+(\d+)-(uniform|popularity)-seed(\d+)", rest)

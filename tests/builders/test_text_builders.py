@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -20,6 +21,7 @@ from recllm.mllm.chat import Result
 from recllm.mllm.texts import read_texts
 from recllm.prompts.mllm_srec import TUBC
 from tests.builders.worlds import split_of, words_of, write_world
+from tests.conftest import make_dataset
 
 
 @pytest.fixture
@@ -325,3 +327,30 @@ def test_items_without_a_text_are_told(world, backend, capsys):
     assert "imsg: 31 of 51 items have no text in it" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"imsg-b.parquet does not exist \(texts that there are: imsg, "):
         summarize_users(UserOptions(world.folder, "rule", parts=("train",), item_texts="imsg-b", tag="b"))
+
+
+def test_the_preference_of_a_user_knows_nothing_that_follows_a_held_out_target(tmp_path, backend):
+    """One text stands for a user at every target: on a random split it ends before the first of them."""
+    dataset = make_dataset(tmp_path / "d")
+    catalog = dataset.items.with_columns(title="item")
+    dataset = write_dataset(
+        tmp_path / "titled", items=catalog, interactions=dataset.interactions, users=dataset.users, source={}
+    )
+    split = split_of(dataset, "random")
+    summarize_items(ItemOptions(dataset.folder, "rule", system="mllmrec"))
+    backend.asked.clear()
+    summarize_users(UserOptions(dataset.folder, "rule", split="random", system="mllmrec"))
+    asked = {request.id: words_of(request.messages) for request in backend.asked}
+    assert len(asked) > 40  # equal prompts are asked once
+    times, items = dataset.timestamps, dataset.items["item"]
+    held_out = np.concatenate([split.rows(part, targets=True) for part in ("valid", "test")])
+    for code, user in enumerate(dataset.users["user"]):
+        targets = [(times[row], row) for row in held_out if dataset.user_codes[row] == code]
+        train = [row for row in split.rows("train") if dataset.user_codes[row] == code]
+        known = [row for row in train if not targets or (times[row], row) < min(targets)]
+        if user not in asked:
+            continue
+        told = {item for item in items if item in asked[user]}
+        assert told == {items[int(dataset.item_codes[row])] for row in known}
+    _, metadata = read_texts(dataset.folder / "texts" / "preference.parquet")
+    assert metadata["items_after_a_target"] > 0

@@ -396,3 +396,28 @@ def test_states_at_targets_are_those_of_the_whole_batch():
     codes = batch.targets[places[:, 0], places[:, 1]] - 1
     assert torch.equal(whole[1], codes)
     assert torch.equal(whole[2], batch.negatives[places[:, 0], places[:, 1]] - 1)
+
+
+def test_each_target_is_told_what_precedes_it_alone(tmp_path):
+    """On a random split: the history before each target is that of the log's times."""
+    dataset = make_dataset(tmp_path / "d")
+    split = make_split(dataset, SplitOptions(dataset.folder, "random"))
+    data, times, codes = TrainingData.of(split), dataset.timestamps, dataset.item_codes
+    for part in ("valid", "test"):
+        rows, allowed = split.rows(part, targets=True), split.history_rows(part)
+        users = dataset.user_codes[rows]
+        histories, known = data.known_before_each(split, part, users, codes[rows])
+        batch = history_batch(data, histories, users, 99, "cpu", known)
+        first = data.known_before(split, part)
+        for place, row in enumerate(rows.tolist()):
+            mine = [each for each in allowed.tolist() if dataset.user_codes[each] == users[place]]
+            mine = sorted((times[each], each) for each in mine if (times[each], each) < (times[row], row))
+            expected = [int(codes[each]) + 1 for _, each in mine]
+            assert batch.items[place][batch.items[place] > 0].tolist() == expected
+            at = first.users.tolist().index(users[place])
+            before_all = first.items[first.offsets[at] : first.offsets[at + 1]].tolist()
+            assert before_all == expected[: len(before_all)]
+    knowing = set(zip(*(each.tolist() for each in data.knowing(first).pairs()), strict=True))
+    training = set(zip(*(each.tolist() for each in data.pairs()), strict=True))
+    assert training <= knowing
+    assert not knowing & set(zip(users.tolist(), codes[rows].tolist(), strict=True))
