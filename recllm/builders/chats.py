@@ -6,10 +6,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from recllm.builders.catalog import ID_LIMIT, PROFILE_LIMIT, Catalog, numbered
 from recllm.builders.histories import History
 from recllm.builders.options import InstructionOptions
 from recllm.builders.preferences import ItemTexts, Summary
+from recllm.data.dataset import Dataset
+from recllm.data.dislikes import read_ratings
 from recllm.errors import DataError
 from recllm.mllm.chat import Message, hash_of_messages, message
 from recllm.prompts.safe_text import IMAGE_MARK
@@ -49,6 +53,7 @@ class Composer:
         lines: What histories say of items: what TUBC was given, or what IMSG wrote; None for titles and
             texts.
         has_image: Tells whether an item has an image that can be shown.
+        ratings: The rating of each interaction, which histories say; None to leave them out.
     """
 
     def __init__(
@@ -60,6 +65,7 @@ class Composer:
         combined: ItemTexts | None,
         lines: ItemTexts | None,
         has_image: Callable[[int], bool],
+        ratings: np.ndarray | None = None,
     ) -> None:
         self.catalog, self.options = catalog, options
         self.viu, self.imsg = templates["mllm_srec.viu"], templates["mllm_srec.imsg"]
@@ -68,6 +74,7 @@ class Composer:
         self.visual, self.combined = visual, combined
         self._lines: Sequence[str] = lines.texts if lines else ()
         self._has_image = has_image
+        self.ratings = ratings
 
     def about(self, user: str, profile: str, history: History, summary: Summary | None) -> UserChats:
         """Returns what writes the chats of one user and one point in time.
@@ -111,8 +118,9 @@ class Composer:
         answer = self.catalog.safe(summary.text)
         if not answer:
             return []
-        window = history.items[summary.begin : summary.end].tolist()
-        lines = [self.told(item) for item in window]
+        window = slice(summary.begin, summary.end)
+        pairs = zip(history.items[window].tolist(), history.rows[window].tolist(), strict=True)
+        lines = [rated(self.told(item), row, self.ratings) for item, row in pairs]
         asked = message("user", window_prompt(self.catalog, self.tubc, lines, summary.previous))
         if hash_of_messages((asked,)) != summary.prompt_hash:
             raise DataError(
@@ -159,8 +167,10 @@ class UserChats:
             if summary is not None:
                 self._earlier += composer.recall(user, history, summary)
         self.most_listed = min(options.history, len(history.items))
-        recent = history.items[len(history.items) - self.most_listed :].tolist()
-        self._recent = [self._line(item) for item in recent]
+        recent = slice(len(history.items) - self.most_listed, None)
+        pairs = zip(history.items[recent].tolist(), history.rows[recent].tolist(), strict=True)
+        lines = ((*self._line(item), row) for item, row in pairs)
+        self._recent = [(image, rated(text, row, composer.ratings)) for image, text, row in lines]
 
     def chat(self, item: int, listed: int) -> Chat:
         """Returns the chat about one candidate.
@@ -227,6 +237,22 @@ class _Pictures:
         """Returns the text with plain image marks, and the paths in the order of the marks."""
         found = [self._paths[int(number)] for number in _NUMBERED_MARK.findall(text)]
         return _NUMBERED_MARK.sub(IMAGE_MARK, text), found
+
+
+def told_ratings(dataset: Dataset, *, tell: bool) -> np.ndarray | None:
+    """Returns the rating of each interaction, shape [interactions], where histories are to say them.
+
+    Raises:
+        DataError: The dataset has no ratings.
+    """
+    return read_ratings(dataset, "--tell-ratings") if tell else None
+
+
+def rated(text: str, row: int, ratings: np.ndarray | None) -> str:
+    """Returns what a history says of an interaction, with its rating where there is one."""
+    if ratings is None or np.isnan(ratings[row]):
+        return text
+    return f"{text} (rated {ratings[row]:g})"
 
 
 def window_prompt(catalog: Catalog, template: Template, lines: Sequence[str], previous: str) -> str:

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from recllm.builders.chats import window_prompt
+import numpy as np
+
+from recllm.builders.chats import rated, told_ratings, window_prompt
 from recllm.builders.histories import Histories, windows
 from recllm.builders.options import UserOptions
 from recllm.builders.preferences import ItemTexts
@@ -48,7 +50,8 @@ def follow_drift(
     name, decoding = f"tubc-{histories.part}", session.decoding(TUBC_TOKENS)
     template = session.templates["mllm_srec.tubc"]
     users = list(itertools.islice(histories.users(), options.limit))
-    chains = [_Chain(session, options, histories, told, user) for user in users]
+    ratings = told_ratings(session.dataset, tell=options.tell_ratings)
+    chains = [_Chain(session, options, histories, told, user, ratings) for user in users]
     counts, active = Counts(0, 0, 0, 0, 0), chains
     for wave in itertools.count():
         active = [chain for chain in active if chain.goes_on()]
@@ -84,6 +87,7 @@ def follow_drift(
         "window": options.window,
         "step": options.step,
         "max_history": options.max_history,
+        "tell_ratings": options.tell_ratings,
         "item_texts": told.name,
         "item_texts_sha256": told.sha256,
         "users": len(users),
@@ -112,10 +116,18 @@ class _Chain:
     """
 
     def __init__(
-        self, session: Session, options: UserOptions, histories: Histories, told: ItemTexts, user: int
+        self,
+        session: Session,
+        options: UserOptions,
+        histories: Histories,
+        told: ItemTexts,
+        user: int,
+        ratings: np.ndarray | None,
     ) -> None:
         self._catalog, self._told = session.catalog, told.texts
-        self._items = histories.history(user).items
+        history = histories.history(user)
+        self._items, self._rows = history.items, history.rows
+        self._ratings = ratings
         self.name: str = session.dataset.users["user"][user]
         bounds = options.window, options.step, options.max_history
         self.windows = sorted({cut for end in histories.cuts(user) for cut in latest_windows(end, *bounds)})
@@ -147,7 +159,12 @@ class _Chain:
     def requests(self, template: Template) -> Iterator[Request]:
         first = len(self.keys)
         for number, (begin, end) in enumerate(self.windows[first : first + self.waiting], first):
-            lines = [self._catalog.told(item, self._told) for item in self._items[begin:end].tolist()]
+            lines = [
+                rated(self._catalog.told(item, self._told), row, self._ratings)
+                for item, row in zip(
+                    self._items[begin:end].tolist(), self._rows[begin:end].tolist(), strict=True
+                )
+            ]
             previous = self._summaries.get(begin - self._step, "")
             prompt = window_prompt(self._catalog, template, lines, previous)
             yield Request(self.request_id(number), (message("user", prompt),))

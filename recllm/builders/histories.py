@@ -62,14 +62,19 @@ class Histories:
     target that what precedes it predicts. For `valid` and `test`, it is what `Split.history_rows` allows, of
     which each target may be told what precedes it. Only `test` opens the test file.
 
+    Args:
+        split: The split.
+        part: `train`, `valid` or `test`.
+        dislikes: Histories hold what the user rated below the split's threshold, too.
+
     Attributes:
         part: `train`, `valid` or `test`.
         allowed: Which interactions may be shown for some target of the part; shape [interactions], bool.
     """
 
-    def __init__(self, split: Split, part: str) -> None:
+    def __init__(self, split: Split, part: str, *, dislikes: bool = False) -> None:
         self.split, self.part = split, part
-        self._of = UserHistories.of(split, part)
+        self._of = UserHistories.of(split, part, dislikes=dislikes)
         self.allowed = np.zeros(len(split.dataset.user_codes), dtype=bool)
         self.allowed[self._of.rows] = True
         self._codes, self._times = split.dataset.item_codes, split.dataset.timestamps
@@ -109,11 +114,20 @@ class Histories:
             row: The target's row number.
             shown: Row numbers; shape [n].
         """
-        users, times = self.split.dataset.user_codes, self._times
-        earlier = shown < row
-        if times is not None:
-            earlier = (times[shown] < times[row]) | ((times[shown] == times[row]) & earlier)
-        return bool((earlier & self.allowed[shown] & (users[shown] == users[row])).all())
+        users = self.split.dataset.user_codes
+        allowed = self.allowed[shown] & (users[shown] == users[row])
+        return bool((self.precedes(shown, row) & allowed).all())
+
+    def precedes(self, rows: np.ndarray, row: int) -> np.ndarray:
+        """Tells which of `rows` come before `row` in time and then in the log; bool, shape [n]."""
+        if self._times is None:
+            return rows < row
+        times = self._times
+        return (times[rows] < times[row]) | ((times[rows] == times[row]) & (rows < row))
+
+    def place(self, row: int) -> tuple[int, int]:
+        """Returns what interactions are ordered by: time, then place in the log."""
+        return (0 if self._times is None else int(self._times[row])), row
 
 
 def windows(length: int, window: int, step: int) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import polars as pl
 
 from recllm.builders.catalog import profiles_of
 from recllm.builders.chats import NO, YES, Chat, Composer, UserChats
+from recllm.builders.dislikes import Dislikes
 from recllm.builders.histories import Histories, Target
 from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions
@@ -79,7 +81,8 @@ class InstructionBuilder:
         self.split, self.part, self.options = split, part, options
         self.composer, self.sampler = composer, sampler
         self.preferences, self.length = preferences, length
-        self.histories = Histories(split, part)
+        self.histories = Histories(split, part, dislikes=options.tell_ratings)
+        self.dislikes = Dislikes(split, part) if split.like is not None else None
         self._user_ids = split.dataset.users["user"]
         self._profiles = profiles_of(split.dataset)
         self._item_ids = split.dataset.items["item"]
@@ -99,12 +102,30 @@ class InstructionBuilder:
         for user in islice(self.histories.users(), self.options.limit):
             self.counts["users"] += 1
             targets = self.histories.targets(user)
-            known_items = np.unique(
-                np.concatenate([self.histories.history(user).items, [target.item for target in targets]])
-            )
-            for target in self._chosen(user, targets):
+            touched = [self.histories.history(user).items, [target.item for target in targets]]
+            if self.dislikes is not None:
+                touched.append(self.dislikes.touched(user))
+            known_items = np.unique(np.concatenate(touched).astype(np.int64))
+            chosen = self._chosen(user, targets)
+            for target, disliked in self._with_dislikes(user, chosen):
                 self.counts["targets_without_history"] += target.known == 0
-                yield from self._rows_of(user, target, self._items(user, target, known_items))
+                items = self._items(user, target, known_items, disliked)
+                yield from self._rows_of(user, target, items, disliked)
+
+    def _with_dislikes(self, user: int, targets: list[Target]) -> Iterator[tuple[Target, dict[int, int]]]:
+        """Yields the targets with the dislikes that are asked about beside each, as row number by item. What
+        is known is cut before the first of them, so that no history tells what a row asks."""
+        given: dict[int, list[int]] = {}
+        if self.dislikes is not None and self._candidates is None and self._listed is None:
+            given = self.dislikes.of_targets(user, targets, self.options.negatives)
+        codes = self.split.dataset.item_codes
+        for target in targets:
+            disliked = {int(codes[row]): row for row in given.get(target.row, [])}
+            if disliked:
+                rows = self.histories.history(user).rows[: target.known]
+                known = sum(self.histories.precedes(rows, min(disliked.values(), key=self.histories.place)))
+                target = replace(target, known=int(known))
+            yield target, disliked
 
     def _chosen(self, user: int, targets: list[Target]) -> list[Target]:
         if self.part != "train":
@@ -117,17 +138,19 @@ class InstructionBuilder:
             self.counts["users_without_summary"] += not targets
         return targets[-self.options.targets_per_user :] if self.options.targets_per_user else targets
 
-    def _items(self, user: int, target: Target, known_items: np.ndarray) -> list[int]:
+    def _items(
+        self, user: int, target: Target, known_items: np.ndarray, disliked: Mapping[int, int]
+    ) -> list[int]:
         """What a target's rows ask about: it and its negatives, or what a first stage has listed."""
         if self._listed is None:
-            return [target.item, *self._others(user, target, known_items)]
+            return [target.item, *disliked, *self._others(user, target, known_items, len(disliked))]
         listed = self._listed[self._user_ids[user], self._item_ids[target.item]]
         self.counts["targets_not_listed"] += target.item not in listed
         return listed
 
-    def _others(self, user: int, target: Target, known_items: np.ndarray) -> list[int]:
-        """The negatives of a target. Those of one held-out part's targets are no negatives of each other;
-        training knows of no held-out part."""
+    def _others(self, user: int, target: Target, known_items: np.ndarray, explicit: int) -> list[int]:
+        """The negatives of a target that it does not have by explicit dislikes. The targets of one held-out
+        part are no negatives of each other; training knows of no held-out part."""
         if self._candidates is not None:
             name = self._user_ids[user], self._item_ids[target.item]
             if name not in self._candidates:
@@ -136,11 +159,15 @@ class InstructionBuilder:
                     f"and target {name[1]!r}; make the candidates again"
                 )
             return self._candidates[name]
-        drawn = self.sampler.draw(user, target, known_items, self.options.negatives)
-        self.counts["negatives_missing"] += self.options.negatives - len(drawn)
+        wanted = self.options.negatives - explicit
+        drawn = self.sampler.draw(user, target, known_items, wanted) if wanted else []
+        self.counts["explicit_negatives"] += explicit
+        self.counts["negatives_missing"] += wanted - len(drawn)
         return drawn
 
-    def _rows_of(self, user: int, target: Target, items: list[int]) -> Iterator[dict[str, Any]]:
+    def _rows_of(
+        self, user: int, target: Target, items: list[int], disliked: Mapping[int, int]
+    ) -> Iterator[dict[str, Any]]:
         """The rows of one target and its negatives, all with the same history."""
         name = self._user_ids[user]
         history = self.histories.history(user)
@@ -152,7 +179,9 @@ class InstructionBuilder:
         listed = self._fitting(chats, target, name, items)
         for item in items:
             chat = chats.chat(item, listed)
-            self._guard(chat, target, f"user {name!r}, row {target.row}")
+            self._guard(chat, target.row, f"user {name!r}, row {target.row}")
+            if item in disliked:
+                self._guard(chat, disliked[item], f"user {name!r}, row {disliked[item]}")
             self.counts["rows"] += 1
             self.counts["positives" if item == target.item else "negatives"] += 1
             if self.options.target_image and self.composer.image(item) is None:
@@ -172,9 +201,9 @@ class InstructionBuilder:
                 "shown": list(chat.shown),
             }
 
-    def _guard(self, chat: Chat, target: Target, where: str) -> None:
+    def _guard(self, chat: Chat, asked: int, where: str) -> None:
         """Stops the run where a prompt tells what must not be known: a defense against our own faults."""
-        if not self.histories.known_before(target.row, np.array(chat.shown, dtype=np.int64)):
+        if not self.histories.known_before(asked, np.array(chat.shown, dtype=np.int64)):
             raise RuntimeError(
                 f"{where}: the prompt tells of an interaction that must not be known: of another user, of a "
                 "part that is held out, or not earlier than the target"

@@ -26,7 +26,7 @@ from typing import Any
 import orjson
 
 from recllm.builders.catalog import Catalog, ImageCheck
-from recllm.builders.chats import Chat, Composer
+from recllm.builders.chats import Chat, Composer, told_ratings
 from recllm.builders.instruction_rows import InstructionBuilder, write_rows
 from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions, check_least, check_parts, check_plain
@@ -51,6 +51,7 @@ _TOLD = (
     "rows_without_summary",
     "rows_without_target_image",
     "rows_without_viu_and_imsg",
+    "explicit_negatives",
     "negatives_missing",
     "history_items_left_out",
     "targets_not_listed",
@@ -155,7 +156,14 @@ def _preferences(split: Split, part: str, options: InstructionOptions) -> Prefer
     if options.preference == "none":
         return None
     path = text_path(split.dataset.folder, f"{options.preference}-{part}")
-    return Preferences.open(path, split, part)
+    preferences = Preferences.open(path, split, part)
+    if preferences.metadata.get("tell_ratings", False) != options.tell_ratings:
+        was, wanted = ("without", "with") if options.tell_ratings else ("with", "without")
+        raise DataError(
+            f"{path} was written {was} --tell-ratings, so its windows are of other histories; write it again "
+            f"{wanted} --tell-ratings"
+        )
+    return preferences
 
 
 def _composer(
@@ -190,7 +198,8 @@ def _composer(
     known |= {token for each in preferences.values() if each for token in each.metadata["special_tokens"]}
     catalog = Catalog(dataset, sorted(known | set(length.special_tokens if length else ())))
     images = ImageCheck(catalog)
-    composer = Composer(catalog, templates, options, visual, combined, lines, images)
+    ratings = told_ratings(dataset, tell=options.tell_ratings)
+    composer = Composer(catalog, templates, options, visual, combined, lines, images, ratings)
     return composer, images, sources
 
 

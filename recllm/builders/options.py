@@ -125,6 +125,9 @@ class UserOptions(ModelOptions):
     """Interactions in a window. 3 is ours, after MLLM-MSR's blocks; the paper does not say."""
     step: int = 3
     """Interactions from one window's start to the next; at most `window`, so that none is passed over."""
+    tell_ratings: bool = False
+    """For mllm_srec: windows say the user's ratings, and hold dislikes, too (splits with --like); without it,
+    dislikes are left out of them."""
     max_history: int = 0
     """Only windows that begin within a user's latest so many interactions (mllm_srec), or only those
     interactions (mllmrec); 0 for all."""
@@ -163,6 +166,9 @@ class InstructionOptions:
     """How many of the latest items are listed besides; MLLM-SRec lists none."""
     history_as: Literal["summary", "title", "image", "image+title"] = "summary"
     """How they are shown: by their IMSG summary, title, image, or image and title."""
+    tell_ratings: bool = False
+    """Histories say the user's ratings, and hold dislikes, too (splits with --like); without it, dislikes are
+    left out of them. Preference texts must have been written the same way."""
     profile: bool = True
     """Say the user's profile, where users.parquet has the column `profile`; --no-profile leaves it out."""
     user_id: bool = False
@@ -174,7 +180,8 @@ class InstructionOptions:
     text_limit: int = 2000
     """Characters of the target's text that are told; 0: title and categories alone, for shorter prompts."""
     negatives: int = 1
-    """Negatives a positive."""
+    """Negatives a positive. On a split with --like the user's dislikes come first, in order of time, and what
+    is missing is filled up with items that she has not touched."""
     negative_sampling: Literal["uniform", "in_time"] = "uniform"
     """uniform: from all training items. in_time: from those that the training log knew by the positive's
     time. Never an item that the user touched in training, be it later; what is held out is not looked at."""

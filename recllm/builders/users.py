@@ -30,6 +30,10 @@ def summarize_users(options: UserOptions) -> None:
     check_least(1, max_prompt_tokens=options.max_prompt_tokens)
     check_plain("--split", options.split)
     check_plain("--item-texts", options.item_texts)
+    if options.tell_ratings and options.system != "mllm_srec":
+        raise DataError(
+            f"--tell-ratings is for --system mllm_srec; {options.system} has no words for ratings"
+        )
     session = Session(options)
     split = Split.open(session.dataset.folder / "splits" / options.split, dataset=session.dataset)
     if options.system == "mllmrec":
@@ -40,7 +44,8 @@ def summarize_users(options: UserOptions) -> None:
     told = _item_texts(session, options.item_texts or "imsg", "mllm_srec")
     seen: set[tuple[str, bytes]] = set()
     for part in options.parts:
-        follow_drift(session, options, Histories(split, part), told, seen)
+        histories = Histories(split, part, dislikes=options.tell_ratings)
+        follow_drift(session, options, histories, told, seen)
 
 
 def _preferences(session: Session, options: UserOptions, split: Split) -> None:

@@ -107,7 +107,9 @@ def full_ranking(split: Split, part: HeldOut, *, mask: Mask = "seen") -> FullRan
     users, lists = np.unique(pairs // n_items, return_inverse=True)
     masked = np.empty(0, dtype=np.int64)
     if mask != "none":
-        rows = split.history_rows(part) if mask == "seen" else split.rows("train")
+        known = part if mask == "seen" else "train"
+        # An item that the user is known to have rated low has been touched, too.
+        rows = np.concatenate([split.history_rows(known, disliked=disliked) for disliked in (False, True)])
         rows = rows[np.isin(dataset.user_codes[rows], users)]
         masked = np.unique(_pairs(dataset.user_codes[rows], dataset.item_codes[rows], n_items))
         masked = masked[~np.isin(masked, pairs, assume_unique=True)]

@@ -109,7 +109,8 @@ def split(options: SplitOptions) -> None:
     print(f"{made.folder}: protocol {made.protocol}")
     for part in ("train", "valid", "test"):
         targets = f", {counts[f'{part}_targets']:,} of them targets" if part != "train" else ""
-        print(f"  {part:<6} {counts[part]:>12,} interactions{targets}")
+        beside = f", and {counts[f'{part}_dislikes']:,} dislikes" if f"{part}_dislikes" in counts else ""
+        print(f"  {part:<6} {counts[part]:>12,} interactions{targets}{beside}")
     if counts["unused"]:
         print(f"  unused {counts['unused']:>12,} interactions")
     for line in said(made.manifest["facts"]):

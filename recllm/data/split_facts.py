@@ -24,6 +24,7 @@ _SAID = {
     "them for that target, but models that learn one vector for a user learn from them",
     "training_interactions_without_time": "training interactions have no time: they count as earlier than "
     "all others",
+    "interactions_without_rating": "interactions have no rating: they are in no part",
 }
 
 

@@ -29,6 +29,8 @@ class Assignment:
         facts: Counts for the manifest.
         warnings: What a reader of results on this split should know.
         dropped: Targets left out of evaluation (cold ones); shape [interactions]. None where there are none.
+        disliked_part: Which part each dislike belongs to, `UNUSED` for all else; None without `--like`.
+        disliked_target: Which dislikes are asked about; the others are history. None without `--like`.
     """
 
     protocol: str
@@ -37,6 +39,8 @@ class Assignment:
     facts: dict[str, int | float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     dropped: np.ndarray | None = None
+    disliked_part: np.ndarray | None = None
+    disliked_target: np.ndarray | None = None
 
     def targets_of(self, part: int) -> np.ndarray:
         """True for each target of a part; shape [interactions]."""

@@ -20,14 +20,16 @@ from tyro.conf import Positional, arg
 from recllm.data import split_facts, split_methods
 from recllm.data.dataset import MANIFEST, Dataset, describe_file, hash_of_files
 from recllm.data.derived import refuse_derived
+from recllm.data.dislikes import LogRows, split_by_rating
 from recllm.data.split_methods import PARTS, TEST, TRAIN, UNUSED, VALID, Assignment
 from recllm.errors import DataError
 from recllm.files import read_json, staged_folder, write_json
 from recllm.runs import describe_run
 
 HeldOut = Literal["valid", "test"]
+DISLIKED = "disliked-"
 COLUMNS = ("user", "item", "timestamp", "rating")
-_OWN = (*(f"{part}.parquet" for part in PARTS), MANIFEST, "sequences")
+_OWN = (*(f"{kind}{part}.parquet" for kind in ("", DISLIKED) for part in PARTS), MANIFEST, "sequences")
 
 
 @dataclass
@@ -52,6 +54,11 @@ class SplitOptions:
     """For random: users and items stand in training and in test, as MLLM-SRec promises, as far as that can
     be. A user or an item with one interaction stands in training alone, and a test share that is too small
     for all leaves some out; the command says how many. The parts keep their sizes."""
+    like: float | None = None
+    """Ratings from here on are likes, lower ones dislikes (MLLM-SRec: 4). Targets and training positives are
+    likes; dislikes are kept beside them and become negatives of instruction rows. Everything that is made
+    from the split follows: candidates, builders, popularity, rankers. Interactions without a rating are left
+    out."""
     drop_cold: bool = False
     """Leave out validation and test targets whose user or item does not occur in training."""
     name: str | None = None
@@ -93,9 +100,9 @@ class Split:
         dataset = dataset or Dataset.open(place.parent.parent)
         if manifest["data_hash"] != dataset.data_hash:
             raise DataError(f"{folder} was made from another state of {dataset.folder}; make the split again")
-        for part in PARTS:
-            path = folder / f"{part}.parquet"
-            if not path.exists() or describe_file(path) != manifest["files"].get(path.name):
+        for name in {f"{part}.parquet" for part in PARTS} | set(manifest["files"]):
+            path = folder / name
+            if not path.exists() or describe_file(path) != manifest["files"].get(name):
                 raise DataError(
                     f"{path} is missing or not the file that {MANIFEST} describes; make the split again"
                 )
@@ -116,36 +123,53 @@ class Split:
         """Whether no training interaction follows a held-out target of its user, as far as the split says."""
         return self.manifest["facts"].get(split_facts.TRAINING_AFTER_A_TARGET) == 0
 
-    def scan(self, part: str) -> pl.LazyFrame:
-        """Returns a part, in input order: `row, user, item, timestamp, rating, target`."""
+    @property
+    def like(self) -> float | None:
+        """The least rating of a like, where the split was made with `--like`."""
+        return self.manifest["settings"].get("like")
+
+    def scan(self, part: str, *, disliked: bool = False) -> pl.LazyFrame:
+        """Returns a part, in input order: `row, user, item, timestamp, rating, target`.
+
+        Args:
+            part: `train`, `valid` or `test`.
+            disliked: Its dislikes, which stand in a file of their own.
+        """
         if part not in PARTS:
             raise ValueError(f"part {part!r}: expected one of {', '.join(PARTS)}")
-        return pl.scan_parquet(self.folder / f"{part}.parquet", glob=False)
+        return pl.scan_parquet(self.folder / f"{DISLIKED if disliked else ''}{part}.parquet", glob=False)
 
-    def rows(self, part: str, *, targets: bool | None = None) -> np.ndarray:
+    def rows(self, part: str, *, targets: bool | None = None, disliked: bool = False) -> np.ndarray:
         """Returns the row numbers (in the dataset's interactions) of a part.
 
         Args:
             part: `train`, `valid` or `test`.
             targets: Only what is to be predicted (True), only what is not (False), or both (None).
+            disliked: Those of its dislikes instead; none where the split was made without `--like`.
         """
-        frame = self.scan(part)
+        if disliked and self.like is None:
+            return np.empty(0, dtype=np.int64)
+        frame = self.scan(part, disliked=disliked)
         if targets is not None:
             frame = frame.filter(pl.col("target") == targets)
         return frame.select("row").collect(engine="streaming")["row"].to_numpy()
 
-    def history_rows(self, part: str) -> np.ndarray:
+    def history_rows(self, part: str, *, disliked: bool = False) -> np.ndarray:
         """Returns the rows that histories of a part are made of, in input order.
 
         For `train`: training. For `valid`: training, and the history of validation users. For `test`:
         training, validation, and the history of test users. The test file is only opened for `test`. They may
         be later than a target: which of them are known is decided by `recllm.data.user_histories`.
+
+        Args:
+            part: `train`, `valid` or `test`.
+            disliked: The dislikes instead.
         """
-        known = [self.rows("train")]
+        known = [self.rows("train", disliked=disliked)]
         if part != "train":
-            known.append(self.rows(part, targets=False))
+            known.append(self.rows(part, targets=False, disliked=disliked))
         if part == "test":
-            known.append(self.rows("valid"))
+            known.append(self.rows("valid", disliked=disliked))
         return np.sort(np.concatenate(known))
 
 
@@ -156,7 +180,12 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
         DataError: The method needs times or given parts that the dataset lacks, a part is empty, or the split
             exists and may not be replaced.
     """
-    assignment = _assign(dataset, options)
+    if options.like is None:
+        assignment = _assign(dataset, options)
+    else:
+        order = f"-{options.order}" if options.method == "ratio" else ""
+        rule = f"{options.method}{order}"
+        assignment = split_by_rating(dataset, options.like, rule, lambda rows: _assign(rows, options))
     part = assignment.part
     if options.drop_cold:
         _drop_cold(dataset, assignment)
@@ -179,13 +208,10 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
         target = target.set(pl.Series(assignment.dropped), None)
     refuse = None if options.discard_derived else partial(refuse_derived, own=_OWN)
     with staged_folder(folder, overwrite=options.overwrite, refuse=refuse) as staging:
-        columns = dataset.scan_interactions().select(COLUMNS).with_row_index("row")
-        for code, part_name in enumerate(PARTS):
-            chosen = pl.LazyFrame({"target": target, "__part": part})
-            rows = (
-                pl.concat([columns, chosen], how="horizontal").filter(pl.col("__part") == code).drop("__part")
-            )
-            rows.sink_parquet(staging / f"{part_name}.parquet", engine="streaming", compression_level=1)
+        _write_parts(dataset, staging, "", part, target)
+        if assignment.disliked_part is not None:
+            asked = pl.Series(assignment.disliked_target)
+            _write_parts(dataset, staging, DISLIKED, assignment.disliked_part, asked)
         settings = {
             key: value
             for key, value in vars(options).items()
@@ -198,14 +224,22 @@ def make_split(dataset: Dataset, options: SplitOptions) -> Split:
             "counts": _counts(assignment),
             "facts": assignment.facts,
             "warnings": assignment.warnings,
-            "files": {f"{name}.parquet": describe_file(staging / f"{name}.parquet") for name in PARTS},
+            "files": {path.name: describe_file(path) for path in sorted(staging.glob("*.parquet"))},
             "run": describe_run(),
         }
         write_json(staging / MANIFEST, manifest)
     return Split(dataset, folder, manifest)
 
 
-def _assign(dataset: Dataset, options: SplitOptions) -> Assignment:
+def _write_parts(dataset: Dataset, folder: Path, prefix: str, part: np.ndarray, target: pl.Series) -> None:
+    columns = dataset.scan_interactions().select(COLUMNS).with_row_index("row")
+    for code, name in enumerate(PARTS):
+        chosen = pl.LazyFrame({"target": target, "__part": part})
+        rows = pl.concat([columns, chosen], how="horizontal").filter(pl.col("__part") == code).drop("__part")
+        rows.sink_parquet(folder / f"{prefix}{name}.parquet", engine="streaming", compression_level=1)
+
+
+def _assign(dataset: Dataset | LogRows, options: SplitOptions) -> Assignment:
     """Assigns each interaction to a part, by the method that the options name."""
     if options.seed < 0:
         raise DataError(f"--seed {options.seed}: expected 0 or more")
@@ -244,4 +278,9 @@ def _counts(assignment: Assignment) -> dict[str, int]:
     counts = {name: int(np.count_nonzero(assignment.part == code)) for code, name in enumerate(PARTS)}
     for code in (VALID, TEST):
         counts[f"{PARTS[code]}_targets"] = int(np.count_nonzero(assignment.targets_of(code)))
-    return {**counts, "unused": int(np.count_nonzero(assignment.part == UNUSED))}
+    unused = assignment.part == UNUSED
+    if assignment.disliked_part is not None:
+        unused &= assignment.disliked_part == UNUSED
+        for code, name in enumerate(PARTS):
+            counts[f"{name}_dislikes"] = int(np.count_nonzero(assignment.disliked_part == code))
+    return {**counts, "unused": int(np.count_nonzero(unused))}

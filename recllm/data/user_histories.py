@@ -57,14 +57,18 @@ class UserHistories:
         self._dataset = dataset
 
     @classmethod
-    def of(cls, split: Split, part: str) -> UserHistories:
+    def of(cls, split: Split, part: str, *, dislikes: bool = False) -> UserHistories:
         """Returns the histories and targets of a part.
 
         For `train`, histories are the training interactions, and each that another one of the user precedes
         is a target. For `valid` and `test`, histories are what `Split.history_rows` allows, and the targets
-        are the part's. The test file is opened for `test` only.
+        are the part's. The test file is opened for `test` only. With `dislikes`, those that the part allows
+        are in the histories, too; they are no targets.
         """
-        return cls(split.dataset, split.history_rows(part), split.rows(part, targets=True), part)
+        history = split.history_rows(part)
+        if dislikes:
+            history = np.union1d(history, split.history_rows(part, disliked=True))
+        return cls(split.dataset, history, split.rows(part, targets=True), part)
 
     def before_first_target(self) -> np.ndarray:
         """Returns how many interactions of each user precede all of the user's targets.

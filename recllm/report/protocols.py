@@ -28,6 +28,11 @@ def explain(protocol: str) -> str:
     if not known:
         return "The candidate file names no protocol of recllm; the lists were ranked as the file has them."
     sentences = [_SPLITS[known[-1]] + _details(first.removeprefix(known[-1]))]
+    if like := re.search(r"-like([\d.]+)", first):
+        sentences.append(
+            f"Ratings of {like[1]} and more are likes: targets and training positives are likes alone, lower "
+            "ratings are dislikes"
+        )
     if "-cover" in first:
         sentences.append("Users and items stand in training and in test, as far as that can be")
     if first.endswith("-warm"):
