@@ -90,7 +90,9 @@ def test_the_test_file_is_not_opened_for_other_parts(tmp_path, monkeypatch):
     split = split_of(make_dataset(tmp_path / "d"))
     opened = []
     scan = type(split).scan
-    monkeypatch.setattr(type(split), "scan", lambda self, part: opened.append(part) or scan(self, part))
+    monkeypatch.setattr(
+        type(split), "scan", lambda self, part, **kind: opened.append(part) or scan(self, part, **kind)
+    )
     Histories(split, "train")
     list(training_reviews(split))
     first_seen(split)
