@@ -240,10 +240,11 @@ def measure_step(name: str, dataset: Path, folder: Path, *, nf4: bool, flops: in
     from peft import LoraConfig, get_peft_model
     from trl import SFTConfig
 
+    from recllm.data.instructions import open_part
     from recllm.journal import Journal
     from recllm.training.collate import Collator
     from recllm.training.parts import LANGUAGE, Parts, lora_pattern
-    from recllm.training.rows import open_part, training_rows
+    from recllm.training.rows import training_rows
     from recllm.training.trainer import RecSFTTrainer
 
     loaded = make_model(name, nf4=nf4)

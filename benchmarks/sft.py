@@ -127,8 +127,8 @@ def prepare(setting: Setting, folder: Path) -> dict:
 
 
 def open_rows(setting: Setting, folder: Path):
+    from recllm.data.instructions import open_part
     from recllm.mllm.loading import load
-    from recllm.training.rows import open_part
 
     loaded = load(model_of(setting, folder), training=True)
     return loaded, open_part(folder / "world" / INSTRUCTIONS, "train")
@@ -150,10 +150,11 @@ class NoValidation:
 
 def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, who: str):
     """Returns the trainer of `recipes/sft.py`."""
+    from recllm.data.instructions import open_part
     from recllm.mllm.visual_folder import open_visual_store
     from recllm.training.folder import RunFolder
     from recllm.training.options import SFTOptions
-    from recllm.training.rows import open_part, training_rows
+    from recllm.training.rows import training_rows
     from recllm.training.sft import TrainingData, load_model, make_trainer
 
     instructions = folder / "world" / INSTRUCTIONS
@@ -183,7 +184,7 @@ def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, who: st
     rows = rows.remove_columns("end").add_column("end", rows["length"])
     store = open_visual_store("auto", model.loaded, part.dataset) if "store" in who else None
     data = TrainingData(rows, NoValidation(), (part, part), store)
-    return make_trainer(options, RunFolder(run, instructions, instructions), model, data)
+    return make_trainer(options, RunFolder(run, (part, part)), model, data)
 
 
 def theirs(setting: Setting, folder: Path, run: Path, checkpointing: bool):

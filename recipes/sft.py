@@ -16,31 +16,35 @@ of the step with the best validation AUC, its metrics, curves and card.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from recllm.config import run_command
-from recllm.training.folder import keep_run, open_run
+from recllm.training.folder import keep_run, open_run, push_run
 from recllm.training.options import SFTOptions
 from recllm.training.sft import load_data, load_model, make_trainer
 
 
-def main(options: SFTOptions) -> None:
-    """Trains one run."""
+def main(options: SFTOptions) -> Path:
+    """Trains one run, or finds it finished; returns its folder."""
     # -- Options: the run's folder, or the checkpoint in it to go on from ------------------------------------
-    run = open_run(options)
-    if run.finished:
-        return
+    with open_run(options) as run:
+        if not run.finished:
+            # -- Model: 4 bits or not, LoRA layers, which parts train ---------------------------------------
+            model = load_model(options)
 
-    # -- Model: 4 bits or not, LoRA layers, which parts train -----------------------------------------------
-    model = load_model(options)
+            # -- Data: training rows in tokens, validation lists; never the test part -----------------------
+            data = load_data(options, run, model)
 
-    # -- Data: training rows in tokens, validation lists; never the test part -------------------------------
-    data = load_data(options, run, model)
+            # -- Training: completion-only loss, validation by AUC, checkpoints -----------------------------
+            trainer = make_trainer(options, run, model, data)
+            trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
 
-    # -- Training: completion-only loss, validation by AUC, checkpoints -------------------------------------
-    trainer = make_trainer(options, run, model, data)
-    trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+            # -- What is kept: the best step's weights, metrics, curves, card -------------------------------
+            keep_run(options, run, trainer, model, data)
 
-    # -- What is kept: the best step's weights, metrics, curves, card ---------------------------------------
-    keep_run(options, run, trainer, model, data)
+        # -- Upload, by flag only; also of a run that was finished before -----------------------------------
+        push_run(options, run)
+    return run.path
 
 
 if __name__ == "__main__":

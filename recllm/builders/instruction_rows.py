@@ -62,6 +62,7 @@ class InstructionBuilder:
     Attributes:
         counts: What was made and what was left out, for the manifest; complete after `rows` has ended.
         protocol: The split's protocol, with the candidates' part where a file of them is used.
+        candidates: The fingerprint of that file; empty where none is used.
 
     Raises:
         DataError: The candidates or the first stage's lists are not those of this split and part.
@@ -87,9 +88,10 @@ class InstructionBuilder:
         self._profiles = profiles_of(split.dataset)
         self._item_ids = split.dataset.items["item"]
         self.protocol = split.protocol
-        self._candidates = None
+        self._candidates, self.candidates = None, ""
         if options.candidates is not None and part != "train":
             candidates = read_candidates(split, options.candidates, part)
+            self.candidates = candidates.fingerprint
             self._candidates, self.protocol = _negatives_of(candidates, split), candidates.protocol
         self._listed = None
         if top is not None:

@@ -93,6 +93,7 @@ def build_instructions(options: InstructionOptions) -> None:
             "protocols": {builder.part: builder.protocol for builder in builders},
             "split_hash": split.split_hash,
             "data_hash": dataset.data_hash,
+            "candidates": {builder.part: builder.candidates for builder in builders if builder.candidates},
             "settings": settings_of(options),
             "templates": {each.name: describe_template(each) for each in composer.templates},
             "texts": sources,

@@ -12,6 +12,7 @@ import polars as pl
 
 from recllm.builders.texts import near_texts
 from recllm.data.dataset import Dataset
+from recllm.data.origins import Origin, check_same_origin
 from recllm.data.splits import Split
 from recllm.errors import DataError
 from recllm.files import sha256
@@ -53,8 +54,8 @@ class ItemTexts:
         if not path.exists():
             raise DataError(f"{path} does not exist{near_texts(path)}; write it first: {made_by}")
         table, metadata = read_texts(path)
-        if metadata.get("data_hash") != dataset.data_hash:
-            raise DataError(f"{path} was made from another state of {dataset.folder}; make it again")
+        made_from = Origin.of_manifest(path, metadata)
+        check_same_origin(made_from, dataset.origin, remedy="make it again", required=("dataset",))
         told = dataset.items.select("item").join(
             table.select("text", "prompt_hash", item="id"), on="item", how="left", maintain_order="left"
         )
@@ -118,11 +119,8 @@ class Preferences:
                 f"{path} does not exist{near_texts(path)}; write it first: {command} --model NAME"
             )
         table, metadata = read_texts(path)
-        if (metadata.get("data_hash"), metadata.get("split_hash")) != (
-            split.dataset.data_hash,
-            split.split_hash,
-        ):
-            raise DataError(f"{path} was made from another split than {split.folder}; make it again")
+        made_from = Origin.of_manifest(path, metadata)
+        check_same_origin(made_from, split.origin, remedy="make it again", required=("dataset", "split"))
         if metadata.get("part") != part or not {"begin", "end"} <= set(table.columns):
             raise DataError(
                 f"{path} is not what TUBC wrote for the part {part!r} (it says {metadata.get('part')!r}); "

@@ -65,7 +65,8 @@ class Candidates:
             )
         hashes = {key.removeprefix("recllm."): value for key, value in metadata.items()}
         protocol = metadata.get("recllm.protocol") or f"candidates-{found[:12]}"
-        return cls(path, frame, protocol, found, Origin.of_manifest(path, {**manifest, **hashes}))
+        origin = Origin.of_manifest(path, {**manifest, **hashes}, "was drawn from", candidates=found)
+        return cls(path, frame, protocol, found, origin)
 
 
 def read_candidates(split: Split, name: str, part: str) -> Candidates:
@@ -86,10 +87,7 @@ def read_candidates(split: Split, name: str, part: str) -> Candidates:
         known = ", ".join(held) or f"none yet; make them with `recllm data candidates {split.folder}`"
         raise DataError(f"{path} does not exist; candidates of {split.folder}: {known}")
     candidates = Candidates.read(path)
-    own = Origin.of_manifest(
-        split.folder, {"data_hash": split.dataset.data_hash, "split_hash": split.split_hash}
-    )
-    check_same_origin(candidates.origin, own, remedy=_AGAIN, required=("dataset", "split"))
+    check_same_origin(candidates.origin, split.origin, remedy=_AGAIN, required=("dataset", "split"))
     return candidates
 
 

@@ -17,6 +17,7 @@ from recllm.data.checked import Note
 from recllm.data.coding import UNKNOWN, encode
 from recllm.data.derived import dataset_folder
 from recllm.data.image_files import check_image_paths
+from recllm.data.origins import Origin
 from recllm.errors import DataError
 from recllm.files import read_json, sha256, write_json
 from recllm.runs import describe_run
@@ -90,6 +91,11 @@ class Dataset:
     def data_hash(self) -> str:
         """One hash of the three tables: what was made from a dataset keeps it, and refuses another one."""
         return hash_of_files(self.manifest["files"])
+
+    @property
+    def origin(self) -> Origin:
+        """The hash that whatever is made from the dataset must state."""
+        return Origin(str(self.folder), {"dataset": self.data_hash}, "is")
 
     @property
     def has_timestamps(self) -> bool:

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import orjson
 
 from recllm.errors import DataError
 from recllm.runs import describe_run
 
-Kind = Literal["dataset", "split", "candidates", "top-K lists"]
-_NAMES: dict[str, str] = {
+_NAMES = {
     "dataset": "state of the dataset",
     "split": "split",
     "candidates": "set of candidate lists",
-    "top-K lists": "file of top-K lists",
+    "top_k": "file of top-K lists",
 }
 MADE = "recllm.made"
-"""The metadata key of score, rank and top-K files under which `made_metadata` stores its JSON."""
+"""The metadata key of score, rank and top-K files under which `made_metadata` stores JSON."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +31,31 @@ class Origin:
 
     Attributes:
         what: How messages call it, usually its path.
-        hashes: The hash of each kind; None or empty where it is not known.
+        hashes: The hash of each kind (dataset, split, candidates, top_k); None or empty where it is unknown.
         verb: How it relates to them, as messages say it.
     """
 
     what: str
-    hashes: Mapping[Kind, str | None] = field(default_factory=dict)
+    hashes: Mapping[str, str | None] = field(default_factory=dict)
     verb: str = "was made from"
 
     @classmethod
-    def of_manifest(cls, what: object, manifest: Mapping[str, Any], verb: str = "was made from") -> Origin:
-        """Reads the hashes of dataset and split that a manifest, or a file's metadata, states."""
-        hashes = {"dataset": manifest.get("data_hash"), "split": manifest.get("split_hash")}
-        return cls(str(what), hashes, verb)  # type: ignore[arg-type]
+    def of_manifest(
+        cls, what: object, manifest: Mapping[str, Any], verb: str = "was made from", **more: str | None
+    ) -> Origin:
+        """Reads the hashes of dataset and split that a manifest, or a file's metadata, states.
+
+        Args:
+            what: How messages call it.
+            manifest: With `data_hash` and `split_hash`.
+            verb: As the attribute.
+            **more: Further hashes: `candidates`, `top_k`.
+        """
+        hashes = {"dataset": manifest.get("data_hash"), "split": manifest.get("split_hash"), **more}
+        return cls(str(what), hashes, verb)
 
 
-def check_same_origin(one: Origin, other: Origin, *, remedy: str, required: tuple[Kind, ...] = ()) -> None:
+def check_same_origin(one: Origin, other: Origin, *, remedy: str, required: tuple[str, ...] = ()) -> None:
     """Raises a `DataError` unless both were made from the same, of every kind that both state.
 
     Args:
@@ -71,27 +79,30 @@ def check_same_origin(one: Origin, other: Origin, *, remedy: str, required: tupl
             )
 
 
-def made_metadata(**facts: Any) -> dict[str, str]:
-    """Returns parquet metadata that says how a file was made: the command, versions, and `facts`.
+def made(**facts: Any) -> dict[str, Any]:
+    """Returns what a score, rank or top-K file says of how it was made: `facts`, the command and versions.
 
     Args:
-        **facts: JSON types, for example `data_hash` and `split_hash`.
+        **facts: JSON types, for example `data_hash` and `split_hash`; None is left out.
     """
-    return {MADE: orjson.dumps({**facts, "run": describe_run()}).decode()}
+    return {**{name: fact for name, fact in facts.items() if fact is not None}, "run": describe_run()}
+
+
+def made_metadata(content: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the parquet metadata that stores what `made` returned."""
+    return {MADE: orjson.dumps(content).decode()} if content else {}
 
 
 def read_made(metadata: Mapping[str, str], where: object) -> dict[str, Any]:
-    """Returns what `made_metadata` wrote; empty for files that were not written by recllm.
+    """Returns what a file says of how it was made; empty for files that recllm did not write.
 
     Raises:
         DataError: It is not a JSON object.
     """
     try:
-        made = orjson.loads(metadata.get(MADE, "{}"))
+        content = orjson.loads(metadata.get(MADE, "{}"))
     except orjson.JSONDecodeError as error:
-        raise DataError(
-            f"{where}: the metadata `{MADE}` is not JSON ({error}); write the file again"
-        ) from None
-    if not isinstance(made, dict):
-        raise DataError(f"{where}: the metadata `{MADE}` is not a JSON object; write the file again")
-    return made
+        raise DataError(f"{where}: metadata `{MADE}` is not JSON ({error}); write the file again") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{where}: metadata `{MADE}` is not a JSON object; write the file again")
+    return content

@@ -21,6 +21,7 @@ from recllm.data import split_facts, split_methods
 from recllm.data.dataset import MANIFEST, Dataset, describe_file, hash_of_files
 from recllm.data.derived import refuse_derived
 from recllm.data.dislikes import LogRows, split_by_rating
+from recllm.data.origins import Origin, check_same_origin
 from recllm.data.split_methods import PARTS, TEST, TRAIN, UNUSED, VALID, Assignment
 from recllm.errors import DataError
 from recllm.files import read_json, staged_folder, write_json
@@ -98,8 +99,8 @@ class Split:
         if "protocol" not in manifest or place.parent.name != "splits":
             raise DataError(f"{folder} is not a split; expected DATASET/splits/<name>")
         dataset = dataset or Dataset.open(place.parent.parent)
-        if manifest["data_hash"] != dataset.data_hash:
-            raise DataError(f"{folder} was made from another state of {dataset.folder}; make the split again")
+        own = Origin.of_manifest(folder, {"data_hash": manifest.get("data_hash")})
+        check_same_origin(own, dataset.origin, remedy="make the split again", required=("dataset",))
         for name in {f"{part}.parquet" for part in PARTS} | set(manifest["files"]):
             path = folder / name
             if not path.exists() or describe_file(path) != manifest["files"].get(name):
@@ -117,6 +118,12 @@ class Split:
     def split_hash(self) -> str:
         """One hash of the three parts."""
         return hash_of_files(self.manifest["files"])
+
+    @property
+    def origin(self) -> Origin:
+        """The hashes of the split and its dataset, which whatever is made from it must state."""
+        hashes = {"data_hash": self.dataset.data_hash, "split_hash": self.split_hash}
+        return Origin.of_manifest(self.folder, hashes, "is")
 
     @property
     def in_time(self) -> bool:

@@ -8,9 +8,9 @@ is gathered from it and subtracted from the counts.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,6 +126,7 @@ def rank_catalog(
     system: str,
     block: int | None = None,
     threads: int | None = None,
+    made: Mapping[str, Any] | None = None,
 ) -> RankRecords:
     """Ranks the lists of `recllm.data.candidates.full_ranking`, with their ids, protocol and fingerprint.
 
@@ -141,11 +142,12 @@ def rank_catalog(
         system: The name of what made the scores.
         block: As in `rank_full`, in lists.
         threads: As in `rank_full`.
+        made: How the scores were made, which the records keep.
 
     Raises:
         DataError: As `rank_full`.
     """
-    return rank_full(
+    records = rank_full(
         scores,
         (ranking.positive_offsets, ranking.positives),
         len(ranking.item_ids),
@@ -158,6 +160,7 @@ def rank_catalog(
         system=system,
         candidates=ranking.candidates,
     )
+    return replace(records, made=made or {})
 
 
 def top_k(

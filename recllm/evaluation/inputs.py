@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from recllm.data.candidate_files import Candidates
+from recllm.data.origins import Origin, check_same_origin, read_made
 from recllm.data.tables import read_table
 from recllm.errors import DataError
 from recllm.evaluation.frames import COLUMNS, check_scores
@@ -54,12 +55,20 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
             f"{path} was scored under {stated!r}, but {candidates.path} is {candidates.protocol!r}; "
             "score the rows of that file"
         )
+    made = read_made(metadata, path)
+    origin = Origin.of_manifest(path, made, candidates=metadata.get("recllm.candidates"))
+    check_same_origin(origin, candidates.origin, remedy="score the rows of that file")
+    hashes = candidates.origin.hashes
+    known = {"data_hash": hashes.get("dataset"), "split_hash": hashes.get("split")}
+    made = {**{name: each for name, each in known.items() if each}, **made}
     has_target = {"target"} <= set(candidates.frame.columns) & set(frame.columns)
     keys = ["user", "target", "item"] if has_target else ["user", "item"]
     scores = check_scores(frame, keys, str(path))
     names = {"protocol": candidates.protocol, "system": metadata.get("recllm.system") or stem(path)}
     try:
-        records = rank_candidates(candidates.frame, scores, **names, fingerprint=candidates.fingerprint)
+        records = rank_candidates(
+            candidates.frame, scores, **names, fingerprint=candidates.fingerprint, made=made
+        )
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     refuse_all_tied(records, str(path))

@@ -7,8 +7,9 @@ measured differently from another, and ties are never broken by where a row happ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import numpy as np
 import polars as pl
 
 from recllm.data.candidate_files import check_candidates
+from recllm.data.origins import Origin, check_same_origin, made_metadata, read_made
 from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
 from recllm.evaluation.frames import COLUMNS, check_ranks, check_scores
@@ -48,6 +50,8 @@ class RankRecords:
     it is not known."""
     ignored: int = 0
     """Score rows that belonged to no candidate; known where the records are made, not stored in the file."""
+    made: Mapping[str, Any] = field(default_factory=dict)
+    """What the records, or the scores behind them, were made from and how: `recllm.data.origins.made`."""
 
     def __len__(self) -> int:
         return len(self.above)
@@ -78,7 +82,13 @@ class RankRecords:
         metadata = {
             f"recllm.{key}": getattr(self, key) for key in ("protocol", "system", "lists", "candidates")
         }
+        metadata |= made_metadata(self.made)
         write_file(path, lambda temporary: frame.write_parquet(temporary, metadata=metadata))
+
+    @property
+    def origin(self) -> Origin:
+        """The hashes of dataset and split, as far as they are known."""
+        return Origin.of_manifest(self.system, self.made)
 
     @classmethod
     def load(cls, path: Path) -> RankRecords:
@@ -104,7 +114,8 @@ class RankRecords:
         check_ranks(frame, lists, str(path))
         above, tied, n = (frame[name].cast(pl.Int64).to_numpy() for name in COLUMNS[2:])
         names = metadata["recllm.protocol"], metadata["recllm.system"], metadata.get("recllm.candidates", "")
-        return cls(frame["user"], frame["item"], above, tied, n, lists, *names)
+        made = read_made(metadata, path)
+        return cls(frame["user"], frame["item"], above, tied, n, lists, *names, made=made)
 
 
 def refuse_all_tied(records: RankRecords, where: str) -> None:
@@ -132,6 +143,7 @@ def rank_candidates(
     protocol: str = "unspecified",
     system: str = "unnamed",
     fingerprint: str = "",
+    made: Mapping[str, Any] | None = None,
 ) -> RankRecords:
     """Ranks every positive among the candidates of its list.
 
@@ -144,6 +156,7 @@ def rank_candidates(
         scores: `user`, `item`, `score` and perhaps `target`, which is then matched as well. Rows that are no
             candidate are left out and counted in `ignored`.
         fingerprint: What the records keep as `candidates`; `Candidates.read` computes it.
+        made: How the scores were made, which the records keep.
 
     Returns:
         One record per positive, in the order of `candidates`.
@@ -190,6 +203,7 @@ def rank_candidates(
         system=system,
         candidates=fingerprint,
         ignored=scores.join(candidates, on=keys, how="anti").height,
+        made=made or {},
     )
 
 
@@ -274,6 +288,9 @@ def check_one_setting(named: Sequence[tuple[str, RankRecords]]) -> None:
                 f"{name} was measured under {first.protocol!r} ({first.lists} lists) and {other_name} under "
                 f"{other.protocol!r} ({other.lists} lists); systems can be compared under one protocol only"
             )
+    origins = [replace(records.origin, what=name) for name, records in named]
+    for one, other in itertools.combinations(origins, 2):
+        check_same_origin(other, one, remedy="systems can be compared on one split only")
     known = [(name, records.candidates) for name, records in named if records.candidates]
     for other_name, candidates in known[1:]:
         if candidates != known[0][1]:

@@ -11,12 +11,8 @@ from tyro.conf import Positional, arg
 from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.data.splits import Split
-from recllm.evaluation import rank_catalog
-from recllm.evaluation.ranks import refuse_equal_scores
-from recllm.files import write_file
 from recllm.rankers.popularity import Popularity
-from recllm.retrieval.score_files import check_absent, check_top_k, tell_stage
-from recllm.retrieval.top_k import write_stage
+from recllm.retrieval.score_files import ScoreFiles
 
 
 @dataclass
@@ -47,29 +43,11 @@ def popularity(options: PopularityOptions) -> Path:
     Raises:
         DataError: A file exists, or all items are equally popular.
     """
+    files = ScoreFiles(options, "popularity")
     split = Split.open(options.split)
-    name = "popularity" if options.part == "test" else f"popularity-{options.part}"
-    full = options.candidates == "full"
-    check_top_k(options.top_k, full=full)
-    path = options.out / ("ranks" if full else "scores") / f"{name}.parquet"
-    lists = options.out / "topk" / f"{name}.parquet"
-    check_absent(path, *([lists] if options.top_k else []), overwrite=options.overwrite)
     model = Popularity(split)
-    if full:
+    if files.full:
         ranking = full_ranking(split, options.part, mask=options.mask)
-        if options.top_k:
-            write_stage(
-                ranking, model.score_lists, options.top_k, system="popularity", ranks=path, lists=lists
-            )
-            tell_stage(path, lists)
-        else:
-            rank_catalog(ranking, model.score_lists, system="popularity").save(path)
-            print(f"{path}: rank records; next: recllm eval ranks {path}")
-        return path
+        return files.write_ranks(ranking, model.score_lists, split)
     candidates = read_candidates(split, options.candidates, options.part)
-    scores = model.score(candidates.frame)
-    refuse_equal_scores(candidates.frame, scores, "popularity", path)
-    metadata = {"recllm.protocol": candidates.protocol, "recllm.system": "popularity"}
-    write_file(path, lambda temporary: scores.write_parquet(temporary, metadata=metadata))
-    print(f"{path}: scores; next: recllm eval ranks {path} --candidates {candidates.path}")
-    return path
+    return files.write_scores(candidates, model.score(candidates.frame), split)

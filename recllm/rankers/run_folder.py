@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from recllm.data.origins import Origin, check_same_origin
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import BusyError, DataError
 from recllm.files import read_json, refuse_nested, staged_folder, write_json
@@ -172,7 +173,7 @@ def load_run(
         if manifest["status"] != "finished":
             raise DataError(f"{path}: its training has not ended; --resume auto goes on with it")
         options = from_json(manifest["settings"])
-        made_from = manifest["data_hash"], manifest["split_hash"]
+        trained_on = Origin.of_manifest(path, manifest, "was trained on")
         fingerprints = {name: each["fingerprint"] for name, each in manifest["features"].items()}
         config = options.config()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -180,8 +181,8 @@ def load_run(
     options.text, options.image = text or options.text, image or options.image
     options.feature_order = feature_order or options.feature_order
     opened = Split.open(split or options.split)
-    if (opened.dataset.data_hash, opened.split_hash) != made_from:
-        raise DataError(f"{path} was trained on another split than {opened.folder}; train it on this one")
+    remedy = "score it on the split that it was trained on, or train it on this one"
+    check_same_origin(trained_on, opened.origin, remedy=remedy, required=("dataset", "split"))
     features = read_modalities(options, opened)
     for name, fingerprint in fingerprints.items():
         if name not in features or features[name].fingerprint != fingerprint:

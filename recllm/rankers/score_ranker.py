@@ -10,10 +10,7 @@ from tyro.conf import Positional, arg
 
 from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
-from recllm.evaluation.full_ranking import rank_catalog
-from recllm.evaluation.ranks import refuse_equal_scores
-from recllm.files import write_file
-from recllm.retrieval.score_files import check_absent, check_top_k, check_word, tell_stage
+from recllm.retrieval.score_files import ScoreFiles
 
 
 @dataclass
@@ -63,16 +60,8 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
     """
     from recllm.rankers.ranking import score_candidates, user_states
     from recllm.rankers.run_folder import load_run
-    from recllm.retrieval.top_k import write_stage
 
-    full = options.candidates == "full"
-    check_top_k(options.top_k, full=full)
-    system = options.name or options.run.resolve().name
-    check_word("--name", system)
-    file_name = f"{system}.parquet" if options.part == "test" else f"{system}-{options.part}.parquet"
-    path = options.out / ("ranks" if full else "scores") / file_name
-    lists = options.out / "topk" / file_name
-    check_absent(path, *([lists] if options.top_k else []), overwrite=options.overwrite)
+    files = ScoreFiles(options, options.name or options.run.resolve().name)
     known = options.part if options.graph == "known" else None
     ranker, run, _ = load_run(
         options.run,
@@ -82,20 +71,10 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
         feature_order=options.feature_order,
         known_before=known,
     )
-    if full:
+    if files.full:
         ranking = full_ranking(run.split, options.part, mask=options.mask)
         scores = user_states(ranker, run.data, run.split, options.part, ranking.users).for_ranking()
-        if options.top_k:
-            write_stage(ranking, scores, options.top_k, system=system, ranks=path, lists=lists)
-            tell_stage(path, lists)
-        else:
-            rank_catalog(ranking, scores, system=system).save(path)
-            print(f"{path}: rank records; next: recllm eval ranks {path}")
-        return path
+        return files.write_ranks(ranking, scores, run.split, weights=[str(options.run)])
     candidates = read_candidates(run.split, options.candidates, options.part)
     scored = score_candidates(ranker, run.data, run.split, options.part, candidates.frame)
-    refuse_equal_scores(candidates.frame, scored, system, path)
-    metadata = {"recllm.protocol": candidates.protocol, "recllm.system": system}
-    write_file(path, lambda temporary: scored.write_parquet(temporary, metadata=metadata))
-    print(f"{path}: scores; next: recllm eval ranks {path} --candidates {candidates.path}")
-    return path
+    return files.write_scores(candidates, scored, run.split, weights=[str(options.run)])

@@ -12,6 +12,8 @@ import polars as pl
 
 from recllm.data.candidate_files import Candidates
 from recllm.data.dataset import MANIFEST, Dataset
+from recllm.data.instructions import open_part
+from recllm.data.origins import check_same_origin
 from recllm.data.splits import Split
 from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
@@ -178,18 +180,14 @@ def _read_instructions(
 ) -> tuple[Path | None, dict[str, Any]]:
     if options.instructions is None or dataset is None or split is None:
         return None, {}
-    path = options.instructions / f"{options.part}.parquet"
-    manifest = read_json(options.instructions / MANIFEST, "a folder of `recllm build instructions`")
-    if not path.exists():
-        raise DataError(
-            f"{path} does not exist; build that part, with --candidates, by `recllm build instructions`"
-        )
-    if manifest.get("split_hash") != split.split_hash or manifest.get("data_hash") != dataset.data_hash:
-        raise DataError(
-            f"{options.instructions} was made from another dataset or split than {split.folder}; give the "
-            "instructions that the system was asked"
-        )
-    return path, manifest
+    part = open_part(options.instructions, options.part)
+    check_same_origin(
+        part.origin,
+        split.origin,
+        remedy="give the instructions that the system was asked",
+        required=("dataset", "split"),
+    )
+    return part.path, part.manifest
 
 
 def _read_scored(system: System, candidates: Candidates) -> Scored:

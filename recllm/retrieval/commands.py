@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,14 +10,14 @@ from tyro.conf import Positional, arg
 
 from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
+from recllm.data.origins import Origin, check_same_origin, made, read_made
 from recllm.data.splits import Split
 from recllm.data.tables import read_table
 from recllm.errors import DataError
-from recllm.evaluation.full_ranking import rank_catalog
 from recllm.evaluation.inputs import stem
 from recllm.evaluation.ranks import RankRecords
-from recllm.files import write_file
-from recllm.retrieval.score_files import check_absent, check_top_k, check_word, tell_stage
+from recllm.files import sha256
+from recllm.retrieval.score_files import ScoreFiles, check_absent, check_word
 
 
 @dataclass
@@ -81,20 +81,11 @@ def profile(options: ProfileOptions) -> Path:
     from recllm.mllm.embedding import find_encoder, stored_embeddings
     from recllm.retrieval.item_texts import item_texts
     from recllm.retrieval.profiles import MeanProfiles
-    from recllm.retrieval.top_k import write_stage
 
-    full = options.candidates == "full"
-    check_top_k(options.top_k, full=full)
-    for given, value in (("--texts", options.texts), ("--name", options.name)):
-        if value is not None:
-            check_word(given, value)
-    system = options.name or f"profile-{options.texts}"
-    file_name = f"{system}.parquet" if options.part == "test" else f"{system}-{options.part}.parquet"
-    path = options.out / ("ranks" if full else "scores") / file_name
-    lists = options.out / "topk" / file_name
-    check_absent(path, *([lists] if options.top_k else []), overwrite=options.overwrite)
+    check_word("--texts", options.texts)
+    files = ScoreFiles(options, options.name or f"profile-{options.texts}")
     split = Split.open(options.split)
-    candidates = None if full else read_candidates(split, options.candidates, options.part)
+    candidates = None if files.full else read_candidates(split, options.candidates, options.part)
     texts = item_texts(split.dataset, options.texts)
     encoder = find_encoder(options.encoder)
     folder = split.dataset.folder / "embeddings" / f"{options.texts}-{encoder.fingerprint[:12]}"
@@ -108,26 +99,17 @@ def profile(options: ProfileOptions) -> Path:
         print(
             f"  {embedded.truncated:,} different texts are longer than the encoder reads; it skips their ends"
         )
+    facts = {"texts": options.texts, "encoder": encoder.name}
     model = MeanProfiles(split, options.part, embedded.vectors, embedded.present, history=options.history)
     if candidates is None:
         ranking = full_ranking(split, options.part, mask=options.mask)
         _tell_without_profile(model.without_profile[ranking.users].sum(), len(ranking.users))
         vectors = model.of_users(ranking.users), model.item_vectors
-        if options.top_k:
-            write_stage(ranking, vectors, options.top_k, system=system, ranks=path, lists=lists)
-            tell_stage(path, lists)
-        else:
-            rank_catalog(ranking, vectors, system=system).save(path)
-            print(f"{path}: rank records; next: recllm eval ranks {path}")
-        return path
+        return files.write_ranks(ranking, vectors, split, **facts)
     users = candidates.frame["user"].unique()
     without = split.dataset.users["user"].filter(model.without_profile)
     _tell_without_profile(users.is_in(without.implode()).sum(), len(users))
-    scores = model.score(candidates.frame)
-    metadata = {"recllm.protocol": candidates.protocol, "recllm.system": system}
-    write_file(path, lambda temporary: scores.write_parquet(temporary, metadata=metadata))
-    print(f"{path}: scores; next: recllm eval ranks {path} --candidates {candidates.path}")
-    return path
+    return files.write_scores(candidates, model.score(candidates.frame), split, **facts)
 
 
 def rerank(options: RerankOptions) -> Path:
@@ -153,9 +135,21 @@ def rerank(options: RerankOptions) -> Path:
             f"{top.reranked_protocol!r}; score the instructions that `recllm build instructions --top-k "
             f"{top.path}` writes"
         )
+    second_made = read_made(metadata, options.scores)
+    hashes = {**top.origin.hashes, "top_k": sha256(top.path)}
+    check_same_origin(
+        Origin.of_manifest(options.scores, second_made, top_k=second_made.get("top_k")),
+        replace(top.origin, hashes=hashes),
+        remedy=f"score the instructions that `recllm build instructions --top-k {top.path}` writes",
+    )
     second = metadata.get("recllm.system") or stem(options.scores)
     system = f"{first.system}+{second}"
-    records = combine(first, top, frame, system=system, where=str(options.scores))
+    facts = {
+        "data_hash": first.made.get("data_hash"),
+        "split_hash": first.made.get("split_hash"),
+        "made_from": {"first": dict(first.made), "second": second_made},
+    }
+    records = combine(first, top, frame, system=system, where=str(options.scores), made=made(**facts))
     records.save(options.out)
     print(
         f"{options.out}: rank records of {system}, {len(records):,} targets under {records.protocol}; "

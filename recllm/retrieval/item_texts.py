@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from recllm.data.dataset import Dataset
+from recllm.data.origins import Origin, check_same_origin
 from recllm.errors import DataError
 from recllm.mllm.texts import read_texts
 
@@ -35,8 +36,8 @@ def item_texts(dataset: Dataset, name: str = CATALOG) -> list[str]:
             "`recllm build items` writes"
         )
     table, metadata = read_texts(path)
-    if metadata.get("data_hash") != dataset.data_hash:
-        raise DataError(f"{path} was made from another state of {dataset.folder}; make it again")
+    made_from = Origin.of_manifest(path, metadata)
+    check_same_origin(made_from, dataset.origin, remedy="make it again", required=("dataset",))
     told = dataset.items.select("item").join(
         table.select("text", item="id"), on="item", how="left", maintain_order="left"
     )

@@ -18,8 +18,12 @@ stage's records, of which each says how many candidates scored above the positiv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import polars as pl
 
+from recllm.data.origins import Origin, check_same_origin
 from recllm.data.tables import describe
 from recllm.errors import DataError
 from recllm.evaluation.frames import check_scores
@@ -28,7 +32,13 @@ from recllm.retrieval.top_k import TopK
 
 
 def rerank(
-    first: RankRecords, top: TopK, scores: pl.DataFrame, *, system: str, where: str = "scores"
+    first: RankRecords,
+    top: TopK,
+    scores: pl.DataFrame,
+    *,
+    system: str,
+    where: str = "scores",
+    made: Mapping[str, Any] | None = None,
 ) -> RankRecords:
     """Returns the rank records of the combined ranking.
 
@@ -40,6 +50,7 @@ def rerank(
             its scores, which differ by rounding at most. Rows that are in no list are counted in `ignored`.
         system: The name of the combined system.
         where: What errors call the scores.
+        made: How the combination was made, which the records keep.
 
     Returns:
         One record for each of `first`, in its order.
@@ -95,6 +106,7 @@ def rerank(
         system,
         first.candidates or top.candidates,
         ignored,
+        made or {},
     )
 
 
@@ -116,11 +128,11 @@ def _check_one_stage(first: RankRecords, top: TopK) -> None:
             f"{top.path} holds the lists of {top.system!r}, but the first stage's rank records are those of "
             f"{first.system!r}; give the two files of one system"
         )
-    if first.candidates and top.candidates and first.candidates != top.candidates:
-        raise DataError(
-            f"{top.path} and the first stage's rank records were made from different states of the split "
-            f"(fingerprints {top.candidates} and {first.candidates}); make both again"
-        )
+    check_same_origin(
+        Origin.of_manifest("the first stage's rank records", first.made, candidates=first.candidates),
+        top.origin,
+        remedy="make both in one run of `recllm score ... --top-k`",
+    )
     if first.lists == "target" and first.user.n_unique() < len(first):
         raise DataError(
             "the first stage's rank records have several lists for one user (`recllm.lists` is 'target'); "

@@ -1,18 +1,106 @@
-"""What the `recllm score ...` commands have in common: the candidates they read, the files they may write."""
+"""The files that the `recllm score ...` commands write, and the metadata in them."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Protocol
 
+import polars as pl
+
+from recllm.data.candidate_files import Candidates
+from recllm.data.candidates import FullRanking, Mask
+from recllm.data.origins import made, made_metadata
+from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
+from recllm.evaluation.full_ranking import Scores, rank_catalog
+from recllm.evaluation.ranks import refuse_equal_scores
+from recllm.files import write_file
+from recllm.retrieval.top_k import write_stage
 
 
-def check_top_k(top_k: int, *, full: bool) -> None:
-    """Raises a `DataError` where --top-k is negative, or asked for without full ranking."""
-    if top_k < 0:
-        raise DataError(f"--top-k {top_k}: expected 0 (none) or more")
-    if top_k and not full:
-        raise DataError("--top-k lists the best of the whole catalog; leave out --candidates")
+class ScoreOptions(Protocol):
+    """The options that the score commands share."""
+
+    candidates: str
+    part: HeldOut
+    mask: Mask
+    top_k: int
+    out: Path
+    overwrite: bool
+
+
+class ScoreFiles:
+    """The files of one score command: scores of candidate lists, or ranks (and top-K lists) of the catalog.
+
+    Args:
+        options: The command's options.
+        system: The system's name, and the stem of the files.
+
+    Attributes:
+        path: The file of scores or rank records.
+        lists: The file of top-K lists.
+        full: Whether the whole catalog is ranked.
+
+    Raises:
+        DataError: The options contradict each other, the name is no plain word, or a file exists.
+    """
+
+    def __init__(self, options: ScoreOptions, system: str) -> None:
+        self.full = options.candidates == "full"
+        if options.top_k < 0:
+            raise DataError(f"--top-k {options.top_k}: expected 0 (none) or more")
+        if options.top_k and not self.full:
+            raise DataError("--top-k lists the best of the whole catalog; leave out --candidates")
+        check_word("--name", system)
+        self._system, self._options = system, options
+        name = f"{system}.parquet" if options.part == "test" else f"{system}-{options.part}.parquet"
+        self.path = options.out / ("ranks" if self.full else "scores") / name
+        self.lists = options.out / "topk" / name
+        written = (self.path, self.lists) if options.top_k else (self.path,)
+        check_absent(*written, overwrite=options.overwrite)
+
+    def write_scores(self, candidates: Candidates, scores: pl.DataFrame, split: Split, **facts: Any) -> Path:
+        """Writes the scores of a candidate file's rows, and prints what comes next.
+
+        Args:
+            candidates: The candidates.
+            scores: `user, target, item, score`.
+            split: The split that the scores are of.
+            **facts: What the file is to say of itself besides the split, the command and versions.
+        """
+        refuse_equal_scores(candidates.frame, scores, self._system, self.path)
+        metadata = {
+            "recllm.protocol": candidates.protocol,
+            "recllm.system": self._system,
+            "recllm.candidates": candidates.fingerprint,
+            **made_metadata(_made(split, facts)),
+        }
+        write_file(self.path, lambda temporary: scores.write_parquet(temporary, metadata=metadata))
+        print(f"{self.path}: scores; next: recllm eval ranks {self.path} --candidates {candidates.path}")
+        return self.path
+
+    def write_ranks(self, ranking: FullRanking, scores: Scores, split: Split, **facts: Any) -> Path:
+        """Writes the rank records of a full ranking, and its top-K lists where they are asked for.
+
+        Args:
+            ranking: The lists.
+            scores: As `recllm.evaluation.rank_catalog` takes them.
+            split: The split that the scores are of.
+            **facts: As in `write_scores`.
+        """
+        content = _made(split, facts)
+        if not self._options.top_k:
+            rank_catalog(ranking, scores, system=self._system, made=content).save(self.path)
+            print(f"{self.path}: rank records; next: recllm eval ranks {self.path}")
+            return self.path
+        files = {"system": self._system, "ranks": self.path, "lists": self.lists}
+        write_stage(ranking, scores, self._options.top_k, **files, made=content)
+        print(f"{self.path}: rank records; next: recllm eval ranks {self.path}")
+        print(
+            f"{self.lists}: top-K lists; next: recllm build instructions DATASET --top-k {self.lists} "
+            "--parts PART"
+        )
+        return self.path
 
 
 def check_absent(*paths: Path, overwrite: bool) -> None:
@@ -28,7 +116,5 @@ def check_word(flag: str, value: str) -> None:
         raise DataError(f"{flag} {value!r}: expected a plain word, which is part of a file's name")
 
 
-def tell_stage(ranks: Path, lists: Path) -> None:
-    """Prints what `recllm score ... --top-k` has written, and what comes next."""
-    print(f"{ranks}: rank records; next: recllm eval ranks {ranks}")
-    print(f"{lists}: top-K lists; next: recllm build instructions DATASET --top-k {lists} --parts PART")
+def _made(split: Split, facts: dict[str, Any]) -> dict[str, Any]:
+    return made(data_hash=split.dataset.data_hash, split_hash=split.split_hash, **facts)

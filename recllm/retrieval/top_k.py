@@ -17,13 +17,16 @@ candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 
 from recllm.data.candidates import FullRanking, full_ranking
+from recllm.data.origins import Origin, check_same_origin, made_metadata, read_made
 from recllm.data.splits import HeldOut, Split
 from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
@@ -45,6 +48,7 @@ class TopK:
         protocol: The full protocol of the first stage.
         system: The first stage's name.
         candidates: Fingerprint of the first stage's lists; empty where it is not known.
+        made: How the file was made, as far as it says.
     """
 
     path: Path
@@ -53,6 +57,12 @@ class TopK:
     protocol: str
     system: str
     candidates: str
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> Origin:
+        """What the lists were made from."""
+        return Origin.of_manifest(self.path, self.made, candidates=self.candidates)
 
     @property
     def reranked_protocol(self) -> str:
@@ -82,7 +92,8 @@ class TopK:
         _check_lists(frame, path)
         k = int(frame.group_by("user", "target").len()["len"].max())
         system = metadata.get("recllm.system") or stem(path)
-        return cls(path, frame, k, protocol, system, metadata.get("recllm.candidates", ""))
+        made = read_made(metadata, path)
+        return cls(path, frame, k, protocol, system, metadata.get("recllm.candidates", ""), made)
 
     def lists_for(self, split: Split, part: HeldOut) -> dict[tuple[str, str], list[int]]:
         """Returns the item codes of each (user, target), best first.
@@ -128,11 +139,12 @@ class TopK:
             ranking = full_ranking(split, part, mask=mask)
             if ranking.protocol != self.protocol:
                 continue
-            if self.candidates and self.candidates != ranking.candidates:
-                raise DataError(
-                    f"{self.path} was made from another state of {split.folder}; make it again with "
-                    "`recllm score ... --top-k`"
-                )
+            hashes = {**split.origin.hashes, "candidates": ranking.candidates}
+            check_same_origin(
+                self.origin,
+                replace(split.origin, hashes=hashes),
+                remedy="make it again with `recllm score ... --top-k`",
+            )
             return ranking
         raise DataError(
             f"{self.path} is of the protocol {self.protocol!r}, which is no full ranking of the {part} part "
@@ -141,7 +153,14 @@ class TopK:
 
 
 def write_stage(
-    ranking: FullRanking, scores: Scores, k: int, *, system: str, ranks: Path, lists: Path
+    ranking: FullRanking,
+    scores: Scores,
+    k: int,
+    *,
+    system: str,
+    ranks: Path,
+    lists: Path,
+    made: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what a second stage needs of a first one: its top-K file and its rank records.
 
@@ -152,6 +171,7 @@ def write_stage(
         system: The first stage's name.
         ranks: The file for the rank records.
         lists: The file for the top K.
+        made: How the scores were made, which both files keep.
 
     Raises:
         DataError: `k` is not between 1 and the number of items, or a score is not finite.
@@ -175,8 +195,9 @@ def write_stage(
         "recllm.protocol": ranking.protocol,
         "recllm.system": system,
         "recllm.candidates": ranking.candidates,
+        **made_metadata(made or {}),
     }
-    records = rank_catalog(ranking, scores, system=system)
+    records = rank_catalog(ranking, scores, system=system, made=made)
     write_file(lists, lambda temporary: frame.write_parquet(temporary, metadata=metadata))
     records.save(ranks)
 

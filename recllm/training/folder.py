@@ -9,6 +9,8 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from recllm.data.instructions import InstructionPart, check_trained_on, open_part
+from recllm.data.origins import Origin, check_same_origin
 from recllm.errors import BusyError, DataError
 from recllm.files import read_json, refuse_nested, write_file, write_json
 from recllm.journal import read_log
@@ -34,22 +36,23 @@ class RunFolder:
 
     Attributes:
         path: The folder.
-        instructions: The folder of the training rows.
-        valid_instructions: The folder of the validation lists.
+        parts: The training rows and the validation lists; None where the run is finished.
         checkpoint: The complete checkpoint that it goes on from; None where it begins.
         finished: Nothing is left to do.
         lock: Held while this process trains in the folder; rank 0's alone.
     """
 
     path: Path
-    instructions: Path
-    valid_instructions: Path
+    parts: tuple[InstructionPart, InstructionPart] | None = None
     checkpoint: Path | None = None
     finished: bool = False
     lock: BinaryIO | None = None
 
-    def release(self) -> None:
-        """Lets other processes have the folder; the end of this process does so as well."""
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Releases the folder for other processes; the end of this process does so as well."""
         if self.lock is not None:
             self.lock.close()
 
@@ -69,19 +72,23 @@ def open_run(options: SFTOptions) -> RunFolder:
 
     Raises:
         DataError: The folder is there and neither --resume nor --overwrite was given, it is no run's, or its
-            run had other settings; there are no instructions.
+            run had other settings or rows; there are no instructions, or those of training, of validation
+            and of the weights to start from are of different splits.
     """
     if options.instructions is None:
         raise DataError("--instructions is missing: give a folder made by `recllm build instructions`")
     _check_reports(options)
     _check_optimizer(options)
-    instructions = Path(options.instructions)
-    path = options.out or Path("runs") / f"{Path(options.model).name}-{options.method}-{instructions.name}"
-    run = RunFolder(Path(path), instructions, options.valid_instructions or instructions)
+    name = f"{Path(options.model).name}-{options.method}-{Path(options.instructions).name}"
+    run = RunFolder(options.out or Path("runs") / name)
     if _begun(run.path) and not options.overwrite:
         run = _resumed(options, run)
     elif options.resume not in ("auto", "none"):
         raise DataError(f"--resume {options.resume}: there is no run in {run.path} to go on with")
+    if not run.finished:
+        run = replace(run, parts=_open_parts(options))
+    if run.checkpoint is not None:
+        _check_rows(run)
     sum_over_ranks([0])  # all ranks have looked before rank 0 changes anything
     if rank() == 0 and run.finished:
         print(f"{run.path} is finished; --overwrite trains it again")
@@ -91,7 +98,7 @@ def open_run(options: SFTOptions) -> RunFolder:
             refuse_nested(run.path)
             _empty(run.path)
             run.checkpoints.mkdir()
-            write_json(run.path / MANIFEST, _manifest(options, "training"))
+            write_json(run.path / MANIFEST, _manifest(options, run, "training"))
         else:
             print(f"going on from {run.checkpoint}", flush=True)
     sum_over_ranks([0])
@@ -105,11 +112,7 @@ def keep_run(
     model: TrainableModel,
     data: TrainingData,
 ) -> None:
-    """Puts the best step's weights, metrics, curves and card into the run's folder; the manifest last.
-
-    Raises:
-        DataError: The upload failed, where one was asked for; the folder is complete then.
-    """
+    """Puts the best step's weights, metrics, curves and card into the run's folder; the manifest last."""
     probes = data.validation.probes(trainer.model)
     if rank() == 0:
         best = run.checkpoints / f"checkpoint-{trainer.state.best_global_step}"
@@ -120,31 +123,30 @@ def keep_run(
                 )
         write_file(run.path / "probes.parquet", probes.write_parquet)
         write_json(run.path / "metrics.json", _metrics(run, trainer))
-        train, valid = data.parts
         write_json(
             run.path / MANIFEST,
             {
-                **_manifest(options, "finished"),
+                **_manifest(options, run, "finished"),
                 "model": model.loaded.identity,
-                "instructions": {
-                    "train": {"path": str(train.path), **train.description},
-                    "valid": {"path": str(valid.path), **valid.description},
-                    "dataset": str(train.dataset),
-                    "data_hash": train.manifest.get("data_hash"),
-                    "split_hash": train.manifest.get("split_hash"),
-                    "protocol": valid.manifest.get("protocols", {}).get("valid"),
-                },
                 "parts": [list(astuple(each)) for each in model.counts],
                 "ranks": world_size(),
             },
         )
         _draw_and_describe(run.path)
         shutil.rmtree(run.path / "rows", ignore_errors=True)
-        if options.push_to_hub is not None:
-            from recllm.training.hub import push_folder
+    sum_over_ranks([0])
 
-            push_folder(run.path, options.push_to_hub)
-        run.release()
+
+def push_run(options: SFTOptions, run: RunFolder) -> None:
+    """Uploads a finished run where `--push-to-hub` asks for it, be it finished now or before.
+
+    Raises:
+        DataError: The upload failed; the folder is complete, and the upload can be repeated.
+    """
+    if rank() == 0 and options.push_to_hub is not None:
+        from recllm.training.hub import push_folder
+
+        push_folder(run.path, options.push_to_hub)
     sum_over_ranks([0])
 
 
@@ -233,8 +235,55 @@ def _resumed(options: SFTOptions, run: RunFolder) -> RunFolder:
     return replace(run, checkpoint=checkpoint)
 
 
-def _manifest(options: SFTOptions, status: str) -> dict[str, Any]:
-    return {"kind": KIND, "status": status, "settings": options.as_json(), "run": describe_run()}
+def _open_parts(options: SFTOptions) -> tuple[InstructionPart, InstructionPart]:
+    """Opens the rows, and checks that validation and the weights to start from are of the same split."""
+    assert options.instructions is not None
+    train = open_part(options.instructions, "train")
+    valid = open_part(options.valid_instructions or options.instructions, "valid")
+    one, other = (Origin.of_manifest(each.path, each.manifest, "was built from") for each in (valid, train))
+    check_same_origin(
+        one,
+        other,
+        remedy="what was trained on may be among the validation targets; build both from one split",
+        required=("dataset", "split"),
+    )
+    for weights in (options.model, options.adapter):
+        check_trained_on(weights, train, allow_other_split=options.allow_other_split)
+    return train, valid
+
+
+def _check_rows(run: RunFolder) -> None:
+    """Refuses to go on with other rows than those that the run was begun with."""
+    begun = read_json(run.path / MANIFEST, "a run").get("instructions")
+    now = _instructions(run)
+    for part in ("train", "valid"):
+        if begun is not None and begun[part]["sha256"] != now[part]["sha256"]:
+            raise DataError(
+                f"{run.path} was begun with other {part} rows than {now[part]['path']} has now; build those "
+                "again, or train a new run in another --out"
+            )
+
+
+def _instructions(run: RunFolder) -> dict[str, Any]:
+    assert run.parts is not None
+    train, valid = run.parts
+    return {
+        "train": {"path": str(train.path), **train.description},
+        "valid": {"path": str(valid.path), **valid.description},
+        "dataset": str(train.dataset),
+        **train.facts(),
+        "protocol": valid.protocol,
+    }
+
+
+def _manifest(options: SFTOptions, run: RunFolder, status: str) -> dict[str, Any]:
+    return {
+        "kind": KIND,
+        "status": status,
+        "settings": options.as_json(),
+        "instructions": _instructions(run),
+        "run": describe_run(),
+    }
 
 
 def _metrics(run: RunFolder, trainer: RecSFTTrainer) -> dict[str, Any]:

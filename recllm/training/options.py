@@ -22,6 +22,7 @@ _FREE_ON_RESUME = (
     "logging_steps",
     "workers",
     "push_to_hub",
+    "allow_other_split",
 )
 
 
@@ -54,6 +55,9 @@ class SFTOptions:
     """Read the images' tokens from this visual store and run no vision tower; `auto`: from
     DATASET/visual/..., to which the images that the rows use are added where that pays and fits on the disk.
     Only where tower and projector are frozen."""
+    allow_other_split: bool = False
+    """Train further from a run (as --model or --adapter) that was trained on another split or dataset.
+    Without it this is an error: what that run was trained on may be among the targets of this split."""
     limit: int | None = None
     """Use the first so many training rows only, for a trial."""
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 
-from recllm.data.dataset import describe_file
 from recllm.errors import DataError
-from recllm.files import read_json, write_file
+from recllm.files import write_file
 from recllm.mllm.ranks import rank
 from recllm.progress import Progress
 from recllm.training.conversations import ConversationEncoder
@@ -21,46 +19,13 @@ from recllm.training.conversations import ConversationEncoder
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from recllm.data.instructions import InstructionPart
     from recllm.mllm.loading import LoadedModel
 
 _BLOCK = 1024
 _COLUMNS = ("id", "prompt", "completion", "images")
 _TARGET = ("user", "target_row")
 """Columns by which neighboring rows are about one target: the same user at the same time."""
-
-
-@dataclass(frozen=True)
-class InstructionPart:
-    """One part of instruction rows on disk.
-
-    Attributes:
-        path: The parquet file.
-        dataset: The dataset folder, which image paths are relative to.
-        description: Size and hash of the file, as in its manifest.
-        manifest: The folder's manifest.
-    """
-
-    path: Path
-    dataset: Path
-    description: dict[str, Any]
-    manifest: dict[str, Any]
-
-
-def open_part(instructions: Path, part: str) -> InstructionPart:
-    """Opens a part of `DATASET/instructions/NAME`; reads the manifest and this part's file alone.
-
-    Raises:
-        DataError: There is none, or it is not the file that the manifest describes.
-    """
-    folder = Path(instructions)
-    manifest = read_json(folder / "manifest.json", "instructions (made by `recllm build instructions`)")
-    path = folder / f"{part}.parquet"
-    if not path.is_file():
-        raise DataError(f"{path} does not exist; build the instructions with --parts train valid")
-    description = describe_file(path)
-    if description != manifest.get("files", {}).get(path.name):
-        raise DataError(f"{path} is not the file that manifest.json describes; build the instructions again")
-    return InstructionPart(path, folder.resolve().parent.parent, description, manifest)
 
 
 def training_rows(

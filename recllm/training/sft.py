@@ -5,21 +5,20 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recllm.mllm.ranks import rank, sum_over_ranks, world_size
 from recllm.training import launching
-from recllm.training.folder import RunFolder, keep_run, open_run
 from recllm.training.options import SFTOptions
 from recllm.training.parts import PartCount, Parts, lora_pattern, parts_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from recllm.data.instructions import InstructionPart
     from recllm.mllm.loading import LoadedModel
     from recllm.mllm.visual_store import VisualStore
-    from recllm.training.rows import InstructionPart
+    from recllm.training.folder import RunFolder
     from recllm.training.trainer import RecSFTTrainer
     from recllm.training.validation import Validation
 
@@ -54,30 +53,6 @@ class TrainingData:
     validation: Validation
     parts: tuple[InstructionPart, InstructionPart]
     visual_store: VisualStore | None
-
-
-def run_sft(options: SFTOptions) -> Path:
-    """Does what `recipes/sft.py` does: trains, keeps the best step, and returns the run's folder.
-
-    Raises:
-        DataError: Options, rows, model or run folder are not as they must be; see the steps.
-    """
-    run = open_run(options)
-    if run.finished:
-        if rank() == 0 and options.push_to_hub is not None:
-            from recllm.training.hub import push_folder
-
-            push_folder(run.path, options.push_to_hub)
-        return run.path
-    try:
-        model = load_model(options)
-        data = load_data(options, run, model)
-        trainer = make_trainer(options, run, model, data)
-        trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-        keep_run(options, run, trainer, model, data)
-    finally:
-        run.release()
-    return run.path
 
 
 def load_model(options: SFTOptions) -> TrainableModel:
@@ -118,13 +93,14 @@ def load_data(options: SFTOptions, run: RunFolder, model: TrainableModel) -> Tra
     """Reads the training rows, into tokens, and the validation lists.
 
     Raises:
-        DataError: Files are missing or changed, a row cannot be used, or validation has no candidate lists.
+        DataError: A row cannot be used, or validation has no candidate lists.
     """
     from recllm.mllm.visual_folder import open_visual_store
-    from recllm.training.rows import open_part, training_rows
+    from recllm.training.rows import training_rows
     from recllm.training.validation import Validation
 
-    parts = open_part(run.instructions, "train"), open_part(run.valid_instructions, "valid")
+    assert run.parts is not None
+    parts = run.parts
     loaded, store = model.loaded, None
     for turn in ("first", "others"):  # rank 0 writes what the others then read
         if (turn == "first") == (rank() == 0):

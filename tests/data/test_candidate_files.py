@@ -84,7 +84,7 @@ def test_candidates_of_another_split_are_refused(split):
     """As when the folder is copied from one split into another."""
     other = make_split(split.dataset, SplitOptions(split.dataset.folder, "ratio"))
     shutil.copytree(split.folder / "candidates", other.folder / "candidates")
-    with pytest.raises(DataError, match=r"was made from another split than .*make the candidates again"):
+    with pytest.raises(DataError, match=r"was drawn from another split than .*make the candidates again"):
         read_candidates(other, NAME, "test")
     assert read_candidates(split, NAME, "test").frame.height == 6 * 60
     for path in (split.folder / "candidates" / NAME).glob("manifest.json"):

@@ -196,7 +196,7 @@ def test_lists_that_do_not_fit_the_split_are_refused(world):
     for key, value, message in (
         ("recllm.protocol", f"{PROTOCOL}/valid", "no full ranking of the test part"),
         ("recllm.protocol", "random-8:1:1-seed42/full/mask-seen", "no full ranking of the test part"),
-        ("recllm.candidates", "0123", "another state of"),
+        ("recllm.candidates", "0123", "was made from another set of candidate lists than"),
     ):
         frame.write_parquet("broken.parquet", metadata={**kept, key: value})
         with pytest.raises(DataError, match=message):

@@ -157,7 +157,7 @@ def test_what_does_not_belong_together_is_refused(stages):
     for changed, message in (
         (replace(stage, protocol="loo/full/mask-seen"), "is of the protocol"),
         (replace(stage, system="other"), "holds the lists of 'first'"),
-        (replace(stage, candidates="9999"), "different states of the split"),
+        (replace(stage, candidates="9999"), "another set of candidate lists than"),
         (replace(stage, lists="target"), "several lists for one user"),
         (replace(stage, user=stage.user.str.replace("u0", "u9")), "no list for user 'u9'"),
         (replace(stage, above=np.zeros_like(stage.above), tied=np.ones_like(stage.tied)), "contradicts"),

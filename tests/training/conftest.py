@@ -49,11 +49,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_part(folder: Path, part: str, rows: pl.DataFrame) -> None:
-    """Writes rows as a part of instructions, and what the manifest says of it."""
+    """Writes rows as a part of instructions, with a manifest like that of the instructions `plain`."""
     folder.mkdir(exist_ok=True)
     rows.write_parquet(folder / f"{part}.parquet")
     path = folder / "manifest.json"
-    manifest = json.loads(path.read_text()) if path.exists() else {"files": {}}
+    plain = json.loads((folder.parent / "plain" / "manifest.json").read_text())
+    manifest = json.loads(path.read_text()) if path.exists() else {**plain, "files": {}}
     manifest["files"][f"{part}.parquet"] = describe_file(folder / f"{part}.parquet")
     path.write_text(json.dumps(manifest))
 

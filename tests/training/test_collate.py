@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from recllm.data.instructions import open_part
 from recllm.errors import DataError
 from recllm.mllm.loading import load
 from recllm.mllm.visual_store import build_visual_store
 from recllm.training.collate import IMAGE_KEYS, Collator
 from recllm.training.conversations import encode_conversation
 from recllm.training.packing import IGNORED
-from recllm.training.rows import open_part, training_rows
+from recllm.training.rows import training_rows
 from recllm.training.sampling import EpochSampler
 from tests.mllm.small_models import save_small
 

@@ -20,9 +20,9 @@ from recllm.mllm import load
 from recllm.mllm.scoring.command import score_yes_no
 from recllm.mllm.scoring.options import YesNoOptions
 from recllm.training.options import SFTOptions
-from recllm.training.sft import run_sft
 from tests.training.conftest import Run
 from tests.training.ports import free_port
+from tests.training.recipe import run_recipe
 
 ROOT = Path(__file__).parents[2]
 # Rows with and without images, one a process: a process often has none while the other has. Tower and
@@ -104,7 +104,7 @@ def weights_apart(run: Path, other: Path, start: Path | None) -> float:
 def test_two_processes_train_as_one_with_the_same_global_batch(
     launch_file: str, method: str, sft: Run, tiny_path: Path, tmp_path: Path
 ) -> None:
-    run_sft(sft(out="one", batch_size=2, **METHODS[method]))
+    run_recipe(sft(out="one", batch_size=2, **METHODS[method]))
     launch(launch_file, "recipes/sft.py", *flags(sft(out="two", batch_size=1, **METHODS[method])))
     one, two = tmp_path / "one", tmp_path / "two"
     assert read_json(two / "manifest.json", "a run")["ranks"] == 2

@@ -21,7 +21,7 @@ from recllm.training import export as exporting
 from recllm.training import hub
 from recllm.training.export import ExportOptions, export
 from recllm.training.options import SFTOptions
-from recllm.training.sft import run_sft
+from tests.training.recipe import run_recipe
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def runs(world: Path, tiny_path: Path, tmp_path_factory: pytest.TempPathFactory)
             warmup=0.0,
             out=folder / method,
         )
-        made[method] = run_sft(options)
+        made[method] = run_recipe(options)
     return made
 
 

@@ -12,6 +12,7 @@ from recllm.training import sft as steps
 from recllm.training.collate import Collator
 from recllm.training.folder import open_run
 from tests.mllm import small_models
+from tests.training.recipe import run_recipe
 
 
 def trainer_of(options):
@@ -102,7 +103,7 @@ def test_accumulated_batches_equal_one_large_batch(sft):
         options = sft(
             "mixed", out=name, batch_size=size, accumulation=accumulation, max_steps=3, lora_dropout=0.0
         )
-        run = steps.run_sft(options)
+        run = run_recipe(options)
         weights.append(load_file(run / "checkpoints" / "checkpoint-3" / "adapter_model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     for name, weight in weights[0].items():
@@ -112,7 +113,7 @@ def test_accumulated_batches_equal_one_large_batch(sft):
 def test_checkpointed_activations_and_workers_change_nothing(sft):
     weights = []
     for name, changes in (("plain", {}), ("frugal", {"gradient_checkpointing": True, "workers": 1})):
-        run = steps.run_sft(sft("mixed", out=name, max_steps=2, lora_dropout=0.0, **changes))
+        run = run_recipe(sft("mixed", out=name, max_steps=2, lora_dropout=0.0, **changes))
         weights.append(load_file(run / "adapter_model.safetensors"))
     for name, weight in weights[0].items():
         assert torch.allclose(weight, weights[1][name], atol=1e-6), name

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from recllm.mllm.visual_store import build_visual_store
-from recllm.training import sft as steps
 from recllm.training.collate import Collator
 from recllm.training.packing import IGNORED
 from tests.mllm import small_models
+from tests.training.recipe import run_recipe
 from tests.training.test_loss import trainer_of
 
 SHARING = [family for family in small_models.FAMILIES if not family.startswith("gemma")]
@@ -90,7 +90,7 @@ def test_a_training_ends_where_that_of_whole_rows_ends(sft):
         ("frugal", {"gradient_checkpointing": True}),
         ("whole", {"share_prefixes": False}),
     ):
-        run = steps.run_sft(sft("mixed", out=name, max_steps=3, lora_dropout=0.0, **changes))
+        run = run_recipe(sft("mixed", out=name, max_steps=3, lora_dropout=0.0, **changes))
         weights.append(load_file(run / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors"))
     for name, weight in weights[0].items():
         assert torch.allclose(weight, weights[1][name], atol=1e-6), name

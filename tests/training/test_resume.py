@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +12,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from recllm.errors import DataError
 from recllm.journal import Journal, read_log
 from recllm.training import trainer as trainer_module
 from recllm.training.checkpoints import complete_checkpoints, drop_old, mark_complete
-from recllm.training.sft import run_sft
 from recllm.training.trainer import RecSFTTrainer
 from recllm.training.validation import Validation
+from tests.training.conftest import write_part
+from tests.training.recipe import run_recipe
 
 TIMES = {"tokens_per_second", "rows_per_second", "valid_seconds"}
 
@@ -75,13 +78,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(sft, method, before_mark):
         "lora_dropout": 0.1,
         "batch_size": 5,
     }
-    whole = run_sft(sft(out="whole", **settings))  # 24 rows: the second epoch begins after step 5
+    whole = run_recipe(sft(out="whole", **settings))  # 24 rows: the second epoch begins after step 5
     with killed_at(6, before_mark=before_mark):
-        run_sft(sft(out="killed", **settings))
+        run_recipe(sft(out="killed", **settings))
     killed = sft(out="killed", resume="auto", **settings)
     left = [path.name for path in complete_checkpoints(killed.out / "checkpoints")]
     assert left == ["checkpoint-3"] if before_mark else ["checkpoint-3", "checkpoint-6"]
-    resumed = run_sft(killed)
+    resumed = run_recipe(killed)
     assert lines_of(resumed) == lines_of(whole)
     name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
     for file in (name, f"checkpoints/checkpoint-9/{name}"):
@@ -90,11 +93,55 @@ def test_a_killed_run_goes_on_to_the_same_bits(sft, method, before_mark):
 
 
 def test_a_finished_run_is_left_as_it_is(sft, capsys):
-    run = run_sft(sft(max_steps=2))
+    run = run_recipe(sft(max_steps=2))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    assert run_sft(sft(max_steps=2, resume="auto")) == run
+    assert run_recipe(sft(max_steps=2, resume="auto")) == run
     assert "is finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_a_run_does_not_go_on_with_other_rows(sft, world, tmp_path):
+    """As when the instructions were built again under the same name since the run began."""
+    dataset = shutil.copytree(world, tmp_path / "world")
+    folder = dataset / "instructions" / "plain"
+    settings = {"instructions": str(folder), "max_steps": 4}
+    with killed_at(2, before_mark=False):
+        run_recipe(sft(**settings))
+    before = pl.read_parquet(folder / "train.parquet")
+    write_part(folder, "train", before.reverse())
+    with pytest.raises(DataError, match=r"was begun with other train rows than .*has now"):
+        run_recipe(sft(resume="auto", **settings))
+    write_part(folder, "train", before)
+    assert run_recipe(sft(resume="auto", **settings)).is_dir()
+
+
+@pytest.fixture
+def hub(monkeypatch) -> list[tuple[Path, str]]:
+    """A hub that notes what is pushed to it."""
+    pushed: list[tuple[Path, str]] = []
+    monkeypatch.setattr("recllm.training.hub.push_folder", lambda path, name: pushed.append((path, name)))
+    return pushed
+
+
+def test_a_finished_run_is_uploaded_by_the_same_command(sft, hub):
+    run = run_recipe(sft(max_steps=2))
+    assert not hub
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    for count in (1, 2):  # also a second time, as after an upload that failed
+        assert run_recipe(sft(max_steps=2, resume="auto", push_to_hub="me/shop")) == run
+        assert hub == [(run, "me/shop")] * count
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+
+
+def test_a_run_is_complete_and_free_before_it_is_uploaded(sft, monkeypatch):
+    def refuse(path, name):
+        assert json.loads((path / "manifest.json").read_text())["status"] == "finished"
+        raise DataError("the hub refused")
+
+    monkeypatch.setattr("recllm.training.hub.push_folder", refuse)
+    with pytest.raises(DataError, match="the hub refused"):
+        run_recipe(sft(max_steps=2, push_to_hub="me/shop"))
+    assert run_recipe(sft(max_steps=2, resume="auto")).is_dir()
 
 
 def test_a_run_that_stopped_early_stays_stopped(sft, monkeypatch):
@@ -102,8 +149,8 @@ def test_a_run_that_stopped_early_stays_stopped(sft, monkeypatch):
     monkeypatch.setattr(Validation, "measure", lambda self, model: {"valid_auc": next(aucs)})
     settings = {"max_steps": 40, "patience": 2}
     with killed_at(6, before_mark=False):
-        run_sft(sft(**settings))
-    run = run_sft(sft(resume="auto", **settings))
+        run_recipe(sft(**settings))
+    run = run_recipe(sft(resume="auto", **settings))
     steps = [line["step"] for line in read_log(run / "log.jsonl") if "loss" in line]
     assert steps == [1, 2, 3, 4, 5, 6]
 
@@ -115,8 +162,8 @@ def test_kill_9_while_a_checkpoint_is_written(sft, world, tmp_path):
 import os, signal
 from pathlib import Path
 from recllm.training.options import SFTOptions
-from recllm.training.sft import run_sft
 from recllm.training.trainer import RecSFTTrainer
+from tests.training.recipe import run_recipe
 
 def die(self, folder):
     if self.state.global_step == 4:
@@ -128,7 +175,7 @@ RecSFTTrainer._save_rng_state = die
 settings = {options.as_json()!r}
 settings.pop("quantization")
 settings.update(instructions=Path(settings["instructions"]), out=Path(settings["out"]), report_to=())
-run_sft(SFTOptions(**settings))
+run_recipe(SFTOptions(**settings))
 """
     ended = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, env=dict(os.environ), timeout=120
@@ -137,8 +184,8 @@ run_sft(SFTOptions(**settings))
     folder = options.out / "checkpoints"
     assert (folder / "checkpoint-4" / "adapter_model.safetensors").is_file()
     assert [path.name for path in complete_checkpoints(folder)] == ["checkpoint-2"]
-    resumed = run_sft(sft(max_steps=4, lora_dropout=0.1, resume="auto"))
-    whole = run_sft(sft(out="whole", max_steps=4, lora_dropout=0.1))
+    resumed = run_recipe(sft(max_steps=4, lora_dropout=0.1, resume="auto"))
+    whole = run_recipe(sft(out="whole", max_steps=4, lora_dropout=0.1))
     assert lines_of(resumed) == lines_of(whole)
     assert (resumed / "adapter_model.safetensors").read_bytes() == (
         whole / "adapter_model.safetensors"
@@ -176,13 +223,13 @@ def test_old_checkpoints_go_and_the_best_stays(tmp_path):
 def test_resume_from_something_else_is_refused(sft, tmp_path):
     options = sft(max_steps=2)
     options.out.mkdir()
-    run_sft(options)
+    run_recipe(options)
     (options.out / "manifest.json").write_text(
         (options.out / "manifest.json").read_text().replace('"finished"', '"training"')
     )
     for path, message in (("letters", "not a checkpoint's folder"), ("checkpoint-7", "not a complete")):
         with pytest.raises(DataError, match=message):
-            run_sft(sft(max_steps=2, resume=str(tmp_path / path)))
+            run_recipe(sft(max_steps=2, resume=str(tmp_path / path)))
 
 
 def test_a_log_goes_on_behind_the_step_that_is_resumed(tmp_path):

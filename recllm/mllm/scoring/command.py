@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from recllm.config import refuse_given
-from recllm.data.dataset import describe_file
+from recllm.data.instructions import InstructionPart, check_trained_on, open_part
+from recllm.data.origins import made, made_metadata
 from recllm.errors import DataError
 from recllm.files import read_json
 from recllm.mllm.loading import LoadOptions
@@ -18,8 +18,6 @@ from recllm.mllm.scoring.options import YesNoOptions
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
     from recllm.mllm.visual_store import VisualStore
-
-_INSTRUCTIONS = "a folder of instructions (made by `recllm build instructions`)"
 
 
 def score_yes_no(options: YesNoOptions) -> None:
@@ -32,13 +30,17 @@ def score_yes_no(options: YesNoOptions) -> None:
         DataError: An option or file is not as it must be; a sample cannot be scored.
     """
     _check(options)
-    source = Source.open(options.instructions, options.part)
+    source = open_part(options.instructions, options.part)
     which, name = model_of(options)
+    weights = trained_weights(options)
+    same_split = all(
+        [check_trained_on(each, source, allow_other_split=options.allow_other_split) for each in weights]
+    )
     name = options.name or (name if options.part == "test" else f"{name}-{options.part}")
     out = options.out / "scores" / f"{name}.parquet"
     if out.exists() and not options.overwrite:
         raise DataError(f"{out} exists already; give another --name or --out, or --overwrite to replace it")
-    rows = source.rows(options.limit)
+    rows = rows_to_score(source, options.limit)
 
     from recllm.mllm.scoring.job import score_into
     from recllm.mllm.scoring.scorer import YesNoScorer
@@ -61,11 +63,22 @@ def score_yes_no(options: YesNoOptions) -> None:
     if options.generate_steps:
         rows = _with_steps(rows, source.dataset, loaded, store, options.step_tokens)
     job = {
-        "instructions": source.sha256,
+        "instructions": source.description["sha256"],
         "limit": options.limit,
         "step_tokens": options.step_tokens if options.generate_steps else None,
     }
-    metadata = {"recllm.protocol": source.protocol, "recllm.system": name}
+    metadata = {
+        **{"recllm.protocol": source.protocol, "recllm.system": name},
+        **({"recllm.candidates": source.candidates} if source.candidates else {}),
+        **made_metadata(
+            made(
+                **source.facts(),
+                top_k=source.top_k,
+                weights=[str(each) for each in weights],
+                trained_on_other_split=None if same_split else True,
+            )
+        ),
+    }
     summary = score_into(
         scorer, rows, source.dataset, out, job=job, metadata=metadata, overwrite=options.overwrite
     )
@@ -73,66 +86,27 @@ def score_yes_no(options: YesNoOptions) -> None:
         print(f"{out} ({scorer.method}): {summary}")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A part of an instructions folder.
+def rows_to_score(source: InstructionPart, limit: int | None) -> pl.DataFrame:
+    """Returns the rows of a part, or those of its first `limit` users.
 
-    Attributes:
-        path: The part's file.
-        dataset: The dataset folder.
-        protocol: Of the part's rows.
-        sha256: Of the file.
+    Raises:
+        DataError: There are none, or a user's target has an item twice.
     """
-
-    path: Path
-    dataset: Path
-    protocol: str
-    sha256: str
-
-    @classmethod
-    def open(cls, folder: Path, part: str) -> Source:
-        """Opens a part.
-
-        Raises:
-            DataError: It is not there, or not the one that the folder's manifest describes.
-        """
-        folder = Path(folder).resolve()
-        manifest = read_json(folder / "manifest.json", _INSTRUCTIONS)
-        path = folder / f"{part}.parquet"
-        if not path.is_file():
-            raise DataError(
-                f"{path} does not exist; make it with `recllm build instructions DATASET --parts {part} "
-                "--candidates NAME`"
-            )
-        found = describe_file(path)
-        if found != manifest.get("files", {}).get(path.name) or part not in manifest.get("protocols", {}):
-            raise DataError(f"{path} is not the file that its manifest.json describes; build it again")
-        dataset = folder.parent.parent
-        if folder.parent.name != "instructions" or not (dataset / "manifest.json").is_file():
-            raise DataError(f"{folder} does not lie in DATASET/instructions, so its images cannot be found")
-        return cls(path, dataset, manifest["protocols"][part], found["sha256"])
-
-    def rows(self, limit: int | None) -> pl.DataFrame:
-        """Returns the rows, or those of the first `limit` users.
-
-        Raises:
-            DataError: There are none, or a user's target has an item twice.
-        """
-        table = pl.scan_parquet(self.path, glob=False)
-        if limit is not None:  # a prompt takes kilobytes: other users' are not read
-            users = table.select("user").collect()["user"].unique(maintain_order=True).head(limit)
-            table = table.filter(pl.col("user").is_in(users.implode()))
-        rows = table.collect(engine="streaming")
-        if rows.is_empty():
-            raise DataError(f"{self.path} has no rows to score")
-        keys = ["user", "target", "item"]
-        if (twice := rows.filter(rows.select(keys).is_duplicated())).height:
-            first = dict(zip(keys, twice.select(keys).row(0), strict=True))
-            raise DataError(
-                f"{self.path}: {first} stands in it more than once, and a score file has one score for each; "
-                "build the part with --candidates"
-            )
-        return rows
+    table = pl.scan_parquet(source.path, glob=False)
+    if limit is not None:  # a prompt takes kilobytes: other users' are not read
+        users = table.select("user").collect()["user"].unique(maintain_order=True).head(limit)
+        table = table.filter(pl.col("user").is_in(users.implode()))
+    rows = table.collect(engine="streaming")
+    if rows.is_empty():
+        raise DataError(f"{source.path} has no rows to score")
+    keys = ["user", "target", "item"]
+    if (twice := rows.filter(rows.select(keys).is_duplicated())).height:
+        first = dict(zip(keys, twice.select(keys).row(0), strict=True))
+        raise DataError(
+            f"{source.path}: {first} stands in it more than once, and a score file has one score for each; "
+            "build the part with --candidates"
+        )
+    return rows
 
 
 def model_of(options: YesNoOptions) -> tuple[LoadOptions, str]:
@@ -160,6 +134,11 @@ def model_of(options: YesNoOptions) -> tuple[LoadOptions, str]:
     if settings.get("quantization") == "none":
         settings["quantization"] = None
     return LoadOptions(**settings, **placed), name
+
+
+def trained_weights(options: YesNoOptions) -> list[Path | str]:
+    """Returns what may have been trained on rows of a split: the run, or the model and its adapter."""
+    return [each for each in (options.run, options.model, options.adapter) if each is not None]
 
 
 def _settings_of_run(run: Path) -> dict[str, Any]:

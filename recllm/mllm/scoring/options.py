@@ -24,6 +24,9 @@ class YesNoOptions:
     and pixel budget are taken as it was trained; give those here to have them otherwise."""
     adapter: str | None = None
     """A LoRA adapter for --model: hub id or local folder."""
+    allow_other_split: bool = False
+    """Score rows of another split or dataset than the run (or adapter) was trained on, to measure transfer.
+    Without it this is an error: rows that it was trained on may be among those that are scored."""
     revision: str | None = None
     """Revision on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] | None = None

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 import torch
 
-from recllm.data.dataset import describe_file
+from recllm.data.dataset import describe_file, hash_of_files
 from recllm.errors import BusyError, DataError
 from recllm.mllm import load
 from recllm.mllm.loading import LoadOptions
@@ -30,6 +30,7 @@ from tests.mllm.scoring.worlds import make_images, make_rows
 from tests.mllm.small_models import save_adapter, save_small
 
 PROGRAM = Path(killed_job.__file__)
+SPLIT = "a" * 64
 
 
 @pytest.fixture(scope="module")
@@ -199,16 +200,30 @@ def dataset(world, tmp_path) -> Path:
     instructions = folder / "instructions" / "plain"
     instructions.mkdir(parents=True)
     (folder / "images").symlink_to(world[1] / "images")
-    (folder / "manifest.json").write_text("{}")
+    files = {"items.parquet": {"sha256": "0" * 64}}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
     world[2].with_columns(images=pl.lit([], pl.List(pl.String)), prompt=text_only()).write_parquet(
         instructions / "test.parquet"
     )
     manifest = {
         "protocols": {"test": "loo/1+5"},
+        "data_hash": hash_of_files(files),
+        "split_hash": SPLIT,
+        "candidates": {"test": "0123456789abcdef"},
+        "settings": {"form": "plain"},
         "files": {"test.parquet": describe_file(instructions / "test.parquet")},
     }
     (instructions / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def write_run(folder: Path, settings: dict, dataset: Path, **changes) -> None:
+    """Writes the manifest of a run that was trained on the split of the dataset's instructions."""
+    rows = json.loads((dataset / "instructions" / "plain" / "manifest.json").read_text())
+    facts = {key: rows[key] for key in ("data_hash", "split_hash")}
+    facts = {**facts, "form": "plain", **changes}
+    manifest = {"kind": "sft run", "settings": settings, "instructions": facts}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def text_only() -> pl.Expr:
@@ -221,14 +236,18 @@ def test_the_command_scores_a_run_folder(world, dataset, tmp_path, capsys):
     instructions = dataset / "instructions" / "plain"
     run_folder = save_adapter(world[0], tmp_path / "runs" / "mine")
     settings = {"model": str(world[0]), "quantization": None, "max_pixels": 9408, "dtype": "float32"}
-    (run_folder / "manifest.json").write_text(json.dumps({"kind": "sft run", "settings": settings}))
+    write_run(run_folder, settings, dataset)
     options = YesNoOptions(instructions, run=run_folder, yes=("y",), no=("n",), limit=7, out=tmp_path)
     score_yes_no(options)
     out = tmp_path / "scores" / "mine.parquet"
     found = pl.read_parquet(out)
     assert found["user"].n_unique() == 7
     assert pl.read_parquet_metadata(out)["recllm.protocol"] == "loo/1+5"
-    assert pl.read_parquet_metadata(out)["recllm.system"] == "mine"
+    metadata = pl.read_parquet_metadata(out)
+    assert metadata["recllm.system"] == "mine" and metadata["recllm.candidates"] == "0123456789abcdef"
+    told = json.loads(metadata["recllm.made"])
+    assert told["split_hash"] == SPLIT and told["form"] == "plain" and told["run"]["command"]
+    assert told["weights"] == [str(run_folder)] and "trained_on_other_split" not in told
     assert "7 users" in capsys.readouterr().out
     adapted = YesNoScorer(load(world[0], adapter=run_folder), yes=("y",), no=("n",))
     rows = pl.read_parquet(instructions / "test.parquet")
@@ -243,6 +262,50 @@ def test_the_command_scores_a_run_folder(world, dataset, tmp_path, capsys):
     assert paper["score"].dtype == paper["probability"].dtype == pl.Float64
     assert (np.argsort(by_score) == np.argsort(by_probability)).all()
     assert paper["probability"].is_between(0.26, 0.74).all()
+
+
+@pytest.mark.parametrize("way", ["run", "adapter", "export"])
+def test_a_run_meets_only_rows_of_its_own_split_and_form(world, dataset, tmp_path, capsys, way):
+    instructions = dataset / "instructions" / "plain"
+    folder = save_adapter(world[0], tmp_path / "runs" / "mine")
+    settings = {"model": str(world[0]), "quantization": None, "max_pixels": 9408, "dtype": "float32"}
+    which = {"run": folder} if way == "run" else {"model": str(world[0]), "adapter": str(folder)}
+    if way == "export":
+        which = {"model": str(save_small("qwen2_vl", tmp_path / "export", seed=4))}
+        folder = Path(which["model"])
+    options = YesNoOptions(instructions, yes=("y",), no=("n",), limit=2, out=tmp_path, name="mine", **which)
+
+    def stating(kind=None, **changes):
+        write_run(folder, settings, dataset, **changes)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["kind"] = kind or ("exported model" if way == "export" else "sft run")
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    for changes, said in (
+        (
+            {"split_hash": "b" * 64},
+            "was trained on another split than .*test.parquet .hash bbbb.*--allow-other",
+        ),
+        ({"data_hash": "b" * 64}, "was trained on another state of the dataset"),
+        ({"split_hash": None}, "does not state the hash of the split that it was trained on"),
+    ):
+        stating(**changes)
+        with pytest.raises(DataError, match=said):
+            score_yes_no(options)
+        assert not (tmp_path / "scores").exists()
+    options.allow_other_split = True
+    stating(split_hash="b" * 64)
+    score_yes_no(options)
+    assert f"warning: {folder} was trained on another split" in capsys.readouterr().out
+    made = json.loads(pl.read_parquet_metadata(tmp_path / "scores" / "mine.parquet")["recllm.made"])
+    assert made["trained_on_other_split"] is True
+    options.allow_other_split, options.overwrite = False, True
+    for form, warned in (("plain", False), ("cot", True), (None, False)):
+        stating(form=form)
+        score_yes_no(options)
+        assert ("was trained on cot rows, but" in capsys.readouterr().out) == warned
+    made = json.loads(pl.read_parquet_metadata(tmp_path / "scores" / "mine.parquet")["recllm.made"])
+    assert "trained_on_other_split" not in made
 
 
 def test_options_that_make_no_sense_are_refused(world, dataset, tmp_path):
@@ -261,7 +324,7 @@ def test_options_that_make_no_sense_are_refused(world, dataset, tmp_path):
         with pytest.raises(DataError, match=reason):
             score_yes_no(YesNoOptions(instructions, out=tmp_path, **options))
     (instructions / "test.parquet").write_bytes(b"other")
-    with pytest.raises(DataError, match="not the file that its manifest"):
+    with pytest.raises(DataError, match="not the file that manifest"):
         score_yes_no(YesNoOptions(instructions, model="tiny", out=tmp_path))
     assert not (tmp_path / "scores").exists()
 

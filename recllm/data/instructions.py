@@ -1,0 +1,163 @@
+"""A part of an instructions folder, opened and checked in one way by training, scoring and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from recllm.data.dataset import MANIFEST, describe_file, hash_of_files
+from recllm.data.origins import Origin, check_same_origin
+from recllm.errors import DataError
+from recllm.files import read_json
+
+TRAINED = ("sft run", "exported model")
+"""Kinds of folders whose weights were trained on instruction rows, as their manifests state."""
+
+
+@dataclass(frozen=True)
+class InstructionPart:
+    """One part of instruction rows on disk.
+
+    Attributes:
+        path: The parquet file.
+        part: `train`, `valid` or `test`.
+        dataset: The dataset folder, which image paths are relative to.
+        description: Size and hash of the file, as in its manifest.
+        manifest: The folder's manifest.
+    """
+
+    path: Path
+    part: str
+    dataset: Path
+    description: dict[str, Any]
+    manifest: dict[str, Any]
+
+    @property
+    def protocol(self) -> str:
+        """The protocol that the part's rows belong to.
+
+        Raises:
+            DataError: The manifest states none.
+        """
+        protocol = self.manifest.get("protocols", {}).get(self.part)
+        if protocol is None:
+            raise DataError(
+                f"{self.path.parent / MANIFEST} states no protocol of {self.part}; build it again"
+            )
+        return protocol
+
+    @property
+    def form(self) -> str | None:
+        """`plain` or `cot`; None where the manifest does not say."""
+        return self.manifest.get("settings", {}).get("form")
+
+    @property
+    def candidates(self) -> str | None:
+        """The fingerprint of the candidates that the rows are about; None where they were sampled."""
+        return self.manifest.get("candidates", {}).get(self.part)
+
+    @property
+    def top_k(self) -> str | None:
+        """The hash of the file of top-K lists that the rows are about; None where they are about none."""
+        return (self.manifest.get("top_k") or {}).get("sha256")
+
+    @property
+    def origin(self) -> Origin:
+        """What the rows were made from."""
+        return Origin.of_manifest(
+            self.path, self.manifest, "was built from", candidates=self.candidates, top_k=self.top_k
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what a run or a score file keeps of the part, to be compared with other parts later."""
+        return {
+            "data_hash": self.manifest.get("data_hash"),
+            "split_hash": self.manifest.get("split_hash"),
+            "form": self.form,
+        }
+
+
+def open_part(instructions: Path, part: str) -> InstructionPart:
+    """Opens a part of `DATASET/instructions/NAME`; of the tables it reads this part's file alone.
+
+    Raises:
+        DataError: There is none, it is not the file that the manifest describes, or the dataset that the
+            folder is in is not the one that it was built from.
+    """
+    folder = Path(instructions)
+    manifest = read_json(folder / MANIFEST, "a folder of instructions (made by `recllm build instructions`)")
+    path = folder / f"{part}.parquet"
+    if not path.is_file():
+        options = "" if part == "train" else " --candidates NAME"
+        raise DataError(
+            f"{path} does not exist; make it with `recllm build instructions DATASET --parts {part}{options}`"
+        )
+    description = describe_file(path)
+    if description != manifest.get("files", {}).get(path.name):
+        raise DataError(f"{path} is not the file that {MANIFEST} describes; build the instructions again")
+    place = folder.resolve()
+    dataset = place.parent.parent
+    if place.parent.name != "instructions" or not (dataset / MANIFEST).is_file():
+        raise DataError(f"{folder} is not in DATASET/instructions, so its images cannot be found")
+    opened = InstructionPart(path, part, dataset, description, manifest)
+    files = read_json(dataset / MANIFEST, "a recllm dataset").get("files")
+    own = Origin(str(dataset), {"dataset": hash_of_files(files) if files else None}, "is")
+    check_same_origin(opened.origin, own, remedy="build the instructions again", required=("dataset",))
+    return opened
+
+
+def check_trained_on(weights: Path | str | None, rows: InstructionPart, *, allow_other_split: bool) -> bool:
+    """Checks that weights which were trained on instruction rows meet rows of the same split.
+
+    Rows of another split of a dataset may be among those that the weights were trained on, so that scores of
+    them measure memory. Prints a warning where weights and rows are of different forms (plain, cot).
+
+    Args:
+        weights: The folder of a run, its adapter or its export. Anything else (None, a hub id, a model that
+            recllm did not train) states nothing that could be checked.
+        rows: The rows that it is to score, or to be trained further on.
+        allow_other_split: Accept another split or dataset, with a warning.
+
+    Returns:
+        False where they are of different splits and this was allowed.
+
+    Raises:
+        DataError: They are of different splits, or the folder does not say which one it was trained on.
+    """
+    manifest = _trained(weights)
+    if manifest is None:
+        return True
+    trained = manifest.get("instructions") or {}
+    forms = trained.get("form"), rows.form
+    if all(forms) and forms[0] != forms[1]:
+        print(
+            f"warning: {weights} was trained on {forms[0]} rows, but {rows.path} has {forms[1]} rows: the "
+            "model has not learned to answer such prompts",
+            flush=True,
+        )
+    one = Origin.of_manifest(weights, trained, "was trained on")
+    other = Origin.of_manifest(rows.path, rows.manifest, "was built from")
+    try:
+        check_same_origin(
+            one,
+            other,
+            remedy="what it was trained on may be among these rows. Build rows of its split, or give "
+            "--allow-other-split where this is wanted, for example to measure transfer to another dataset",
+            required=("dataset", "split"),
+        )
+    except DataError as error:
+        if not allow_other_split:
+            raise
+        print(f"warning: {str(error).partition(';')[0]}; allowed by --allow-other-split", flush=True)
+        return False
+    return True
+
+
+def _trained(weights: Path | str | None) -> Mapping[str, Any] | None:
+    """The manifest of a folder whose weights were trained on instruction rows; None for anything else."""
+    if weights is None or not (Path(weights) / MANIFEST).is_file():
+        return None
+    manifest = read_json(Path(weights) / MANIFEST, "a run's folder (made by `recipes/sft.py`)")
+    return manifest if manifest.get("kind") in TRAINED else None
