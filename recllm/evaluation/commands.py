@@ -13,6 +13,7 @@ from tyro.conf import Positional, arg
 from recllm.data.candidate_files import Candidates
 from recllm.errors import DataError
 from recllm.evaluation import tables
+from recllm.evaluation.coverage import Coverage
 from recllm.evaluation.inputs import System, check_distinct, read_systems, stem
 from recllm.evaluation.metrics import Metrics, compute_metrics, distinct_metric_names, one_positive_each
 from recllm.evaluation.ranks import RankRecords, check_one_setting
@@ -70,6 +71,9 @@ class CompareRunsConfig:
     auc; every metric where lists have several positives."""
     out: Path | None = None
     """Folder for comparison.json, comparison.csv and comparison.tex."""
+    unequal_coverage: bool = False
+    """Compare systems although they have content for different items. Without it this is an error: what
+    differs may be due to the items that one of them knows nothing of."""
     resamples: int = RESAMPLES
     """Bootstrap resamples and sign flips."""
     seed: int = 0
@@ -99,7 +103,12 @@ def compare_runs(config: CompareRunsConfig) -> tables.Table:
     if len(config.files) < 2:
         raise DataError(f"a comparison needs two files or more, {len(config.files)} given")
     table = comparison_table(
-        _read(config), config.ks, config.metrics or None, resamples=config.resamples, seed=config.seed
+        _read(config),
+        config.ks,
+        config.metrics or None,
+        resamples=config.resamples,
+        seed=config.seed,
+        unequal_coverage=config.unequal_coverage,
     )
     tables.show(table)
     if config.out:
@@ -173,6 +182,7 @@ def report_table(
         for name, count in one.undefined().items()
         if count
     ]
+    notes += [*coverage_notes(systems), *foreign_notes(systems)]
     facts = {
         "protocol": measured[0].protocol,
         "candidates": _known_candidates(systems),
@@ -198,11 +208,23 @@ def comparison_table(
     *,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    unequal_coverage: bool = False,
 ) -> tables.Table:
-    """Tabulates the comparisons of the first system with each other one; Holm's family is all rows."""
+    """Tabulates the comparisons of the first system with each other one; Holm's family is all rows.
+
+    Raises:
+        DataError: The systems have content for different items and `unequal_coverage` is not set, or they
+            were not ranked on the same lists.
+    """
     first = systems[0].records
     check_distinct(systems)
     check_one_setting([(system.records.system, system.records) for system in systems])
+    uneven = coverage_notes(systems)
+    if uneven and not unequal_coverage:
+        raise DataError(
+            f"{' '.join(uneven)} Score both with --pool covered on one set of items, or give "
+            "--unequal-coverage to compare them all the same"
+        )
     names, equal = _chosen(first, ks, names)
     comparisons = [
         comparison
@@ -237,6 +259,8 @@ def comparison_table(
         f"({resamples} resamples, seed {seed}).",
         f"p-values are two-sided, Holm-corrected over the {len(rows)} rows; the files have both kinds.",
         *equal,
+        *uneven,
+        *foreign_notes(systems),
     ]
     candidates = _known_candidates(systems)
     facts = {"protocol": first.protocol, "candidates": candidates, "resamples": resamples, "seed": seed}
@@ -307,9 +331,42 @@ def _plain_rows(systems: list[System], measured: list[Metrics]) -> list[list[str
         values = [np.nan if system.pooled_auc is None else system.pooled_auc for system in systems]
         rows.append(["pooled auc", *map(tables.number, values)])
     rows.append(["tie rate", *(tables.number(one.tie_rate) for one in measured)])
+    covered = [system.coverage for system in systems]
+    if any(covered):
+        for what in ("items", "targets"):
+            rows.append([f"covered {what}", *(_share(each, what) for each in covered)])
     rows.append(["users", *(str(one.user.n_unique()) for one in measured)])
     rows.append(["positives", *(str(one.records) for one in measured)])
     return rows
+
+
+def _share(coverage: Coverage | None, what: str) -> str:
+    if coverage is None:
+        return "all"
+    return f"{getattr(coverage, what)}/{getattr(coverage, f'of_{what}')}"
+
+
+def coverage_notes(systems: Sequence[System]) -> list[str]:
+    """Returns a note where systems have content for different items; nothing where they do not."""
+    found = [(system.records.system, system.coverage) for system in systems]
+    sets = {"" if each is None or each.complete else each.fingerprint for _, each in found}
+    if len(sets) < 2:
+        return []
+    told = "; ".join(f"{name} {_share(each, 'items')}" for name, each in found)
+    return [
+        f"Unequal coverage: the systems have content for different items ({told}). An item without content "
+        "scored as a candidate with content, drawn at random."
+    ]
+
+
+def foreign_notes(systems: Sequence[System]) -> list[str]:
+    """Returns a note on each system that was trained on another split than it was scored on."""
+    return [
+        f"{system.records.system} was trained on another split or dataset than it was scored on "
+        "(--allow-other-split): what it was trained on may be among these targets."
+        for system in systems
+        if system.records.made.get("trained_on_other_split")
+    ]
 
 
 def _facts(system: System, measured: Metrics) -> dict[str, Any]:
@@ -319,5 +376,6 @@ def _facts(system: System, measured: Metrics) -> dict[str, Any]:
         "positives": measured.records,
         "tie_rate": measured.tie_rate,
         "pooled_auc": system.pooled_auc,
+        "coverage": system.coverage.as_json() if system.coverage else None,
         "score_rows_ignored": system.records.ignored,
     }

@@ -223,6 +223,18 @@ def top_k(
     return listed, listed_score
 
 
+def score_blocks(scores: Scores, users: pl.Series, n_items: int) -> Callable[[slice], Any]:
+    """Returns a function from a slice of users to their scores [B, I], as `rank_full` computes them.
+
+    Args:
+        scores: As in `rank_full`.
+        users: [U] ids, for errors.
+        n_items: The size of the catalog.
+    """
+    source = _source(scores, len(users), n_items, users)
+    return lambda part: _as_scores(source.block(part))
+
+
 def _over_blocks(
     work: Callable[[int, int, Any], None],
     scores: Scores,

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from recllm.data.candidate_files import Candidates
 from recllm.data.origins import Origin, check_same_origin, read_made
-from recllm.data.tables import read_table
+from recllm.data.tables import read_table, text_ids
 from recllm.errors import DataError
+from recllm.evaluation.coverage import Coverage
 from recllm.evaluation.frames import COLUMNS, check_scores
 from recllm.evaluation.metrics import pooled_auc
 from recllm.evaluation.ranks import RankRecords, check_one_setting, rank_candidates, refuse_all_tied
@@ -23,6 +24,13 @@ class System:
     records: RankRecords
     pooled_auc: float | None
     """Over all candidates; None where only ranks are known."""
+    candidates: Candidates | None = None
+    """The candidates that its scores were ranked among; None where only ranks are known."""
+
+    @property
+    def coverage(self) -> Coverage | None:
+        """What it has content for; None where its file does not say, as of systems that need none."""
+        return Coverage.of_made(self.records.made)
 
 
 def read_system(path: Path, candidates: Candidates | None = None) -> System:
@@ -49,15 +57,18 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
                 f"found columns {', '.join(frame.columns)}"
             )
         raise DataError(f"{path} holds scores; name the candidate file that they belong to by --candidates")
+    made = read_made(metadata, path)
+    origin = Origin.of_manifest(path, made, candidates=metadata.get("recllm.candidates"))
+    check_same_origin(origin, candidates.origin, remedy="score the rows of that file")
+    coverage = Coverage.of_made(made)
+    if coverage is not None and coverage.pool == "covered":
+        candidates = coverage.candidates(candidates, text_ids(frame, ("item",), str(path))["item"].unique())
     stated = metadata.get("recllm.protocol")
     if stated and stated != candidates.protocol:
         raise DataError(
             f"{path} was scored under {stated!r}, but {candidates.path} is {candidates.protocol!r}; "
             "score the rows of that file"
         )
-    made = read_made(metadata, path)
-    origin = Origin.of_manifest(path, made, candidates=metadata.get("recllm.candidates"))
-    check_same_origin(origin, candidates.origin, remedy="score the rows of that file")
     hashes = candidates.origin.hashes
     known = {"data_hash": hashes.get("dataset"), "split_hash": hashes.get("split")}
     made = {**{name: each for name, each in known.items() if each}, **made}
@@ -75,7 +86,7 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
     labeled = candidates.frame.join(scores, on=keys)
     both = labeled["label"].n_unique() == 2
     auc = pooled_auc(labeled["score"].to_numpy(), labeled["label"].to_numpy()) if both else None
-    return System(path, records, auc)
+    return System(path, records, auc, candidates)
 
 
 def read_systems(paths: tuple[Path, ...], candidates: Candidates | None = None) -> list[System]:
@@ -118,6 +129,9 @@ def _refuse_repeats(paths: Sequence[Path], names: Sequence[str] | None = None) -
 
 
 def _check_made_from(records: RankRecords, path: Path, candidates: Candidates) -> None:
+    check_same_origin(
+        replace(records.origin, what=str(path)), candidates.origin, remedy="give the candidates of its split"
+    )
     if records.protocol != candidates.protocol:
         raise DataError(
             f"{path} was measured under {records.protocol!r}, but {candidates.path} is "

@@ -48,6 +48,6 @@ def popularity(options: PopularityOptions) -> Path:
     model = Popularity(split)
     if files.full:
         ranking = full_ranking(split, options.part, mask=options.mask)
-        return files.write_ranks(ranking, model.score_lists, split)
+        return files.write_ranks(ranking, lambda _: model.score_lists, split)
     candidates = read_candidates(split, options.candidates, options.part)
-    return files.write_scores(candidates, model.score(candidates.frame), split)
+    return files.write_scores(candidates, model.score, split)

@@ -220,6 +220,16 @@ def score_candidates(
     return candidates.select(keys).with_columns(score=pl.Series(scores))
 
 
+def items_with_content(ranker: Ranker, data: TrainingData) -> np.ndarray | None:
+    """Returns the items of which a ranker that knows them by content alone has any; bool, shape [items].
+
+    None for rankers with a vector for each item's number, which know every item.
+    """
+    if getattr(ranker.config, "transductive", True):
+        return None
+    return np.any([data.features[name].present for name in ranker.modalities], axis=0)
+
+
 def some_lists(ranking: FullRanking, places: np.ndarray) -> FullRanking:
     """Returns some lists of a full ranking, by their places."""
 

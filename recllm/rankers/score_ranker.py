@@ -6,11 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from tyro.conf import Positional, arg
 
 from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
-from recllm.retrieval.score_files import ScoreFiles
+from recllm.evaluation.coverage import Pool
+from recllm.evaluation.full_ranking import Scores
+from recllm.retrieval.score_files import ScoreFiles, check_pool
 
 
 @dataclass
@@ -40,6 +43,11 @@ class ScoreRankerOptions:
     MMRec and RecBole do. known: also what else is known of each user before the first of the user's targets;
     a sequence ranker reads that of the user alone, so that the two are not on a par (ours). On a split that
     is not in time, both graphs hold training interactions that are later than targets."""
+    pool: Pool = "all"
+    """all: an item without content scores as one of its list's candidates with content, drawn at random, so
+    that covering less gains nothing. covered: only items with content are candidates and targets, which is
+    a protocol of its own.
+    Only rankers that know items by their content alone (UniSRec, MISSRec with --no-transductive) lack any."""
     top_k: int = 0
     """For full ranking: also write each target's best so many items to topk/, for a second stage; 0 for
     none."""
@@ -58,9 +66,10 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
         DataError: The run, its split or its features are missing or others than in training, a file exists,
             or the ranker scores all candidates alike.
     """
-    from recllm.rankers.ranking import score_candidates, user_states
+    from recllm.rankers.ranking import items_with_content, score_candidates, user_states
     from recllm.rankers.run_folder import load_run
 
+    check_pool(options.pool, options.top_k)
     files = ScoreFiles(options, options.name or options.run.resolve().name)
     known = options.part if options.graph == "known" else None
     ranker, run, _ = load_run(
@@ -71,10 +80,21 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
         feature_order=options.feature_order,
         known_before=known,
     )
+    facts = {
+        **{"weights": [str(options.run)], "pool": options.pool},
+        **{"present": items_with_content(ranker, run.data)},
+    }
     if files.full:
         ranking = full_ranking(run.split, options.part, mask=options.mask)
-        scores = user_states(ranker, run.data, run.split, options.part, ranking.users).for_ranking()
-        return files.write_ranks(ranking, scores, run.split, weights=[str(options.run)])
+
+        def score(users: np.ndarray) -> Scores:
+            return user_states(ranker, run.data, run.split, options.part, users).for_ranking()
+
+        return files.write_ranks(ranking, score, run.split, **facts)
     candidates = read_candidates(run.split, options.candidates, options.part)
-    scored = score_candidates(ranker, run.data, run.split, options.part, candidates.frame)
-    return files.write_scores(candidates, scored, run.split, weights=[str(options.run)])
+    return files.write_scores(
+        candidates,
+        lambda frame: score_candidates(ranker, run.data, run.split, options.part, frame),
+        run.split,
+        **facts,
+    )

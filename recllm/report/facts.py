@@ -110,6 +110,9 @@ def _runs(inputs: Inputs) -> Iterator[tuple[str, Mapping[str, Any], str]]:
     manifests += [("candidates", inputs.candidates_manifest)] if inputs.candidates_manifest else []
     manifests += [("instructions", inputs.instructions_manifest)] if inputs.instructions_manifest else []
     manifests += [(f"run {run.name}", run.manifest) for run in inputs.runs]
+    systems = [*inputs.systems, *inputs.ablation]
+    made = {each.path: each.records.made for each in systems if each.records.made.get("run")}
+    manifests += [(f"scores {path.name}", content) for path, content in made.items()]
     for what, manifest in manifests:
         machine = manifest.get("machine")
         yield what, manifest.get("run", {}), machine if isinstance(machine, str) else ""

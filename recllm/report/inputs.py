@@ -13,7 +13,7 @@ import polars as pl
 from recllm.data.candidate_files import Candidates
 from recllm.data.dataset import MANIFEST, Dataset
 from recllm.data.instructions import open_part
-from recllm.data.origins import check_same_origin
+from recllm.data.origins import Origin, check_same_origin
 from recllm.data.splits import Split
 from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
@@ -96,22 +96,44 @@ def read_inputs(options: ReportOptions) -> Inputs:
     if dataset is not None:
         _check_users(dataset, systems[0])
     instructions, manifest = _read_instructions(options, dataset, split)
+    runs = [read_run(folder) for folder in folders]
+    for one in _origins(everyone, candidates, runs):
+        for other in (split.origin if split else None, systems[0].records.origin):
+            if other is not None:
+                check_same_origin(one, other, remedy="a report is about one split; leave it out")
     return Inputs(
         systems=systems,
         scored=[
-            _read_scored(system, candidates)
+            _read_scored(system, system.candidates)
             for system in systems
-            if candidates and system.pooled_auc is not None
+            if system.candidates and system.pooled_auc is not None
         ],
         ablation=ablation,
-        runs=[read_run(folder) for folder in folders],
-        candidates=candidates,
+        runs=runs,
+        candidates=next((each.candidates for each in systems if each.candidates), candidates),
         dataset=dataset,
         split=split,
         instructions=instructions,
         instructions_manifest=manifest,
         candidates_manifest=_manifest_beside(candidates.path) if candidates else {},
     )
+
+
+def _origins(systems: list[System], candidates: Candidates | None, runs: list[Run]) -> list[Origin]:
+    """What states which split it belongs to. A run that was scored on another split stays a matter of it."""
+    foreign = {
+        str(Path(weights).resolve())
+        for system in systems
+        if system.records.made.get("trained_on_other_split")
+        for weights in system.records.made.get("weights", ())
+    }
+    found = [replace(each.records.origin, what=str(each.path)) for each in systems]
+    found += [candidates.origin] if candidates else []
+    for run in runs:
+        if str(run.folder.resolve()) not in foreign:
+            stated = run.manifest.get("instructions", run.manifest)
+            found.append(Origin.of_manifest(run.folder, stated, "was trained on"))
+    return found
 
 
 def _check_options(options: ReportOptions) -> None:

@@ -24,6 +24,7 @@ _MASKS = {
 def explain(protocol: str) -> str:
     """Returns what a protocol string means in one or two sentences, as plain text."""
     first, _, rest = protocol.removesuffix("/valid").partition("/")
+    rest, covered, _ = rest.partition("/covered-")
     known = sorted((name for name in _SPLITS if re.match(rf"{name}(-|$)", first)), key=len)
     if not known:
         return "The candidate file names no protocol of recllm; the lists were ranked as the file has them."
@@ -47,6 +48,11 @@ def explain(protocol: str) -> str:
         )
     elif rest.startswith("full/"):
         sentences.append(f"Each target is ranked among the whole catalog, {_MASKS.get(rest[5:], rest[5:])}")
+    if covered:
+        sentences.append(
+            "Candidates and targets are only the items that the systems have content for, so that figures do "
+            "not compare with those of all items"
+        )
     if protocol.endswith("/valid"):
         sentences.append(
             "These are the validation targets, on which models and settings were chosen: not for publishing"

@@ -14,10 +14,11 @@ from recllm.data.origins import Origin, check_same_origin, made, read_made
 from recllm.data.splits import Split
 from recllm.data.tables import read_table
 from recllm.errors import DataError
+from recllm.evaluation.coverage import Pool
 from recllm.evaluation.inputs import stem
 from recllm.evaluation.ranks import RankRecords
 from recllm.files import sha256
-from recllm.retrieval.score_files import ScoreFiles, check_absent, check_word
+from recllm.retrieval.score_files import ScoreFiles, check_absent, check_pool, check_word
 
 
 @dataclass
@@ -36,6 +37,10 @@ class ProfileOptions:
     """Which targets to rank."""
     mask: Mask = "seen"
     """For full ranking, what is no candidate: seen (training, validation at test time), train, none."""
+    pool: Pool = "all"
+    """all: an item without a text scores as one of its list's candidates with a text, drawn at random, so
+    that covering less gains nothing. covered: only items with a text are candidates and targets, which is
+    a protocol of its own."""
     history: int = 0
     """Known items that make a profile, the latest with a text; 0 for all. The paper takes 10."""
     top_k: int = 0
@@ -83,6 +88,7 @@ def profile(options: ProfileOptions) -> Path:
     from recllm.retrieval.profiles import MeanProfiles
 
     check_word("--texts", options.texts)
+    check_pool(options.pool, options.top_k)
     files = ScoreFiles(options, options.name or f"profile-{options.texts}")
     split = Split.open(options.split)
     candidates = None if files.full else read_candidates(split, options.candidates, options.part)
@@ -99,17 +105,21 @@ def profile(options: ProfileOptions) -> Path:
         print(
             f"  {embedded.truncated:,} different texts are longer than the encoder reads; it skips their ends"
         )
-    facts = {"texts": options.texts, "encoder": encoder.name}
+    facts = {
+        **{"texts": options.texts, "encoder": encoder.name},
+        **{"present": embedded.present, "pool": options.pool},
+    }
     model = MeanProfiles(split, options.part, embedded.vectors, embedded.present, history=options.history)
     if candidates is None:
         ranking = full_ranking(split, options.part, mask=options.mask)
         _tell_without_profile(model.without_profile[ranking.users].sum(), len(ranking.users))
-        vectors = model.of_users(ranking.users), model.item_vectors
-        return files.write_ranks(ranking, vectors, split, **facts)
+        return files.write_ranks(
+            ranking, lambda users: (model.of_users(users), model.item_vectors), split, **facts
+        )
     users = candidates.frame["user"].unique()
     without = split.dataset.users["user"].filter(model.without_profile)
     _tell_without_profile(users.is_in(without.implode()).sum(), len(users))
-    return files.write_scores(candidates, model.score(candidates.frame), split, **facts)
+    return files.write_scores(candidates, model.score, split, **facts)
 
 
 def rerank(options: RerankOptions) -> Path:
@@ -147,6 +157,7 @@ def rerank(options: RerankOptions) -> Path:
     facts = {
         "data_hash": first.made.get("data_hash"),
         "split_hash": first.made.get("split_hash"),
+        "coverage": first.made.get("coverage"),
         "made_from": {"first": dict(first.made), "second": second_made},
     }
     records = combine(first, top, frame, system=system, where=str(options.scores), made=made(**facts))

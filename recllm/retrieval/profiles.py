@@ -6,8 +6,8 @@
     score(u, j) = r~_u . e~_j                     (17) the cosine
 
 The released code averages vectors that were not normalized; here the paper's order holds. Ours is what is
-done where texts are missing: an item without a text is in no profile and scores -1, the least that a cosine
-can be; a user none of whose known items has a text gets 0 for every item, a tie of all.
+done where texts are missing: an item without a text is in no profile, and `recllm.evaluation.coverage` says
+how it is ranked; a user none of whose known items has a text gets 0 for every item, a tie of all.
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ _BLOCK = 8192  # candidate rows scored at a time
 class MeanProfiles:
     """Users as means of the items that are known of them before a target (`recllm.data.user_histories`).
 
-    A score is the inner product of the two vectors that `of_users` and `item_vectors` give. Both have one
-    coordinate more than the texts' vectors: it is 1 for users with a profile and -1 for items without a text,
-    else 0, which is what puts those items last.
+    A score is the inner product of the two vectors that `of_users` and `item_vectors` give; it says nothing
+    of items without a text, whose vectors are zero.
 
     Args:
         split: The split.
@@ -39,7 +38,7 @@ class MeanProfiles:
             interaction counts as often as it stands in the log.
 
     Attributes:
-        item_vectors: float32, shape [items, d + 1].
+        item_vectors: Of unit length, zero for items without a text; float32, shape [items, d].
         without_profile: Which users have no item with a text before the first of their targets; bool, shape
             [users].
 
@@ -61,9 +60,8 @@ class MeanProfiles:
         length = np.linalg.norm(vectors.astype(np.float64), axis=1)
         if not (np.isfinite(length) & (length > 0))[present].all():
             raise ValueError("the vector of an item with a text is zero or not finite")
-        unit = np.zeros((len(vectors), vectors.shape[1] + 1), dtype=np.float32)
-        unit[present, :-1] = vectors[present] / length[present, None]
-        unit[~present, -1] = -1
+        unit = np.zeros(vectors.shape, dtype=np.float32)
+        unit[present] = vectors[present] / length[present, None]
         self.item_vectors = unit
         self._item_ids, self._user_ids = dataset.items["item"], dataset.users["user"]
         self._histories, self._history = UserHistories.of(split, part), history
@@ -84,7 +82,7 @@ class MeanProfiles:
                 first of the user's targets.
 
         Returns:
-            float32, shape [n, d + 1]: a unit vector and a 1, or zeros for a user without a profile.
+            float32, shape [n, d]: a unit vector, or zeros for a user without a profile.
         """
         known = self._first[users] if known is None else known
         counts = self._counts(users, known)
@@ -94,12 +92,11 @@ class MeanProfiles:
         weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
         offsets = np.concatenate(([0], np.cumsum(counts)))
         mean_of = sparse.csr_array((weights, items, offsets), shape=(len(users), len(self.item_vectors)))
-        mean = mean_of @ self.item_vectors[:, :-1]
+        mean = mean_of @ self.item_vectors
         length = np.linalg.norm(mean.astype(np.float64), axis=1, keepdims=True)
         has_one = (counts > 0) & (length[:, 0] > 0)
-        profiles = np.zeros((len(users), mean.shape[1] + 1), dtype=np.float32)
-        profiles[has_one, :-1] = mean[has_one] / length[has_one]
-        profiles[has_one, -1] = 1
+        profiles = np.zeros(mean.shape, dtype=np.float32)
+        profiles[has_one] = mean[has_one] / length[has_one]
         return profiles
 
     def score(self, candidates: pl.DataFrame) -> pl.DataFrame:

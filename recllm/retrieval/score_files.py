@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import polars as pl
 
 from recllm.data.candidate_files import Candidates
@@ -12,9 +14,11 @@ from recllm.data.candidates import FullRanking, Mask
 from recllm.data.origins import made, made_metadata
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
+from recllm.evaluation.coverage import Coverage, Pool, covered_columns, fill_catalog, fill_lists
 from recllm.evaluation.full_ranking import Scores, rank_catalog
 from recllm.evaluation.ranks import refuse_equal_scores
 from recllm.files import write_file
+from recllm.retrieval.profiles import codes_of
 from recllm.retrieval.top_k import write_stage
 
 
@@ -59,35 +63,86 @@ class ScoreFiles:
         written = (self.path, self.lists) if options.top_k else (self.path,)
         check_absent(*written, overwrite=options.overwrite)
 
-    def write_scores(self, candidates: Candidates, scores: pl.DataFrame, split: Split, **facts: Any) -> Path:
+    def write_scores(
+        self,
+        candidates: Candidates,
+        score: Callable[[pl.DataFrame], pl.DataFrame],
+        split: Split,
+        *,
+        present: np.ndarray | None = None,
+        pool: Pool = "all",
+        **facts: Any,
+    ) -> Path:
         """Writes the scores of a candidate file's rows, and prints what comes next.
 
         Args:
             candidates: The candidates.
-            scores: `user, target, item, score`.
+            score: Scores rows of candidates: returns `user, target, item, score`.
             split: The split that the scores are of.
+            present: Which items the system has content for; bool, shape [items]. None: it needs none.
+            pool: What is ranked; see `recllm.evaluation.coverage`.
             **facts: What the file is to say of itself besides the split, the command and versions.
+
+        Raises:
+            DataError: The pool is `covered`, and no target is.
         """
+        given, ids = candidates.fingerprint, split.dataset.items["item"]
+        if present is not None:
+            targets = codes_of(candidates.frame.filter(pl.col("label") == 1)["item"], ids, "item")
+            coverage = Coverage.of(present, ids, targets, pool)
+            facts["coverage"] = coverage.as_json()
+            tell_coverage(coverage)
+            covered = ids.filter(pl.Series(present))
+            if pool == "covered":
+                candidates = coverage.candidates(candidates, covered)
+        scores = score(candidates.frame)
+        if present is not None and not present.all():
+            scores = fill_lists(scores, scores["item"].is_in(covered.implode()))
         refuse_equal_scores(candidates.frame, scores, self._system, self.path)
         metadata = {
             "recllm.protocol": candidates.protocol,
             "recllm.system": self._system,
-            "recllm.candidates": candidates.fingerprint,
+            "recllm.candidates": given,
             **made_metadata(_made(split, facts)),
         }
         write_file(self.path, lambda temporary: scores.write_parquet(temporary, metadata=metadata))
         print(f"{self.path}: scores; next: recllm eval ranks {self.path} --candidates {candidates.path}")
         return self.path
 
-    def write_ranks(self, ranking: FullRanking, scores: Scores, split: Split, **facts: Any) -> Path:
+    def write_ranks(
+        self,
+        ranking: FullRanking,
+        score: Callable[[np.ndarray], Scores],
+        split: Split,
+        *,
+        present: np.ndarray | None = None,
+        pool: Pool = "all",
+        **facts: Any,
+    ) -> Path:
         """Writes the rank records of a full ranking, and its top-K lists where they are asked for.
 
         Args:
             ranking: The lists.
-            scores: As `recllm.evaluation.rank_catalog` takes them.
+            score: Returns for some user codes the scores that `recllm.evaluation.rank_catalog` takes.
             split: The split that the scores are of.
+            present: As in `write_scores`.
+            pool: As in `write_scores`.
             **facts: As in `write_scores`.
+
+        Raises:
+            DataError: The pool is `covered`, and no target is.
         """
+        if present is not None:
+            coverage = Coverage.of(present, ranking.item_ids, ranking.positives, pool)
+            facts["coverage"] = coverage.as_json()
+            tell_coverage(coverage)
+        if present is not None and pool == "covered":
+            ranking = coverage.ranking(ranking, present)
+            scores = covered_columns(score(ranking.users), present)
+        else:
+            scores = score(ranking.users)
+            if present is not None and not present.all():
+                scores = fill_catalog(scores, present, ranking)
         content = _made(split, facts)
         if not self._options.top_k:
             rank_catalog(ranking, scores, system=self._system, made=content).save(self.path)
@@ -101,6 +156,25 @@ class ScoreFiles:
             "--parts PART"
         )
         return self.path
+
+
+def check_pool(pool: Pool, top_k: int) -> None:
+    """Raises a `DataError` where lists for a second stage are asked of a part of the catalog."""
+    if pool == "covered" and top_k:
+        raise DataError(
+            "--top-k lists the best of the whole catalog for a second stage; leave out --pool covered"
+        )
+
+
+def tell_coverage(coverage: Coverage) -> None:
+    """Prints how much a system covers, where it is not all."""
+    if coverage.complete:
+        return
+    rest = "are left out" if coverage.pool == "covered" else "score as covered candidates drawn at random"
+    print(
+        f"  content for {coverage.items:,} of {coverage.of_items:,} items and {coverage.targets:,} of "
+        f"{coverage.of_targets:,} targets; the others {rest} (--pool {coverage.pool})"
+    )
 
 
 def check_absent(*paths: Path, overwrite: bool) -> None:
