@@ -11,6 +11,7 @@ from recllm.data.dataset import write_dataset
 from recllm.data.splits import SplitOptions, make_split
 from recllm.errors import DataError
 from recllm.evaluation import compute_metrics, rank_candidates, rank_catalog
+from recllm.evaluation.coverage import fill_catalog
 from recllm.retrieval.item_texts import item_texts
 from recllm.retrieval.profiles import MeanProfiles
 from tests.conftest import make_dataset
@@ -45,16 +46,16 @@ def test_an_example_by_hand(tmp_path):
     asked = pl.DataFrame({"user": ["u"] * 6, "target": ["c"] * 6, "item": list("abcdef")})
     scores = model.score(asked)["score"]
     half = np.sqrt(0.5)
-    assert np.allclose(scores, [half, half, -half, 7 / 5 * half, 1, -1], atol=1e-6)
+    assert np.allclose(scores, [half, half, -half, 7 / 5 * half, 1, 0], atol=1e-6)
     # At test time u knows c too, at (-1, 0): the mean is (0, 1/3).
     with pytest.raises(DataError, match="row 0: its `target` is not held out of its user in this part"):
         MeanProfiles(split, "test", HAND, PRESENT).score(asked)
     asked = asked.with_columns(target=pl.lit("d"))
     scores = MeanProfiles(split, "test", HAND, PRESENT).score(asked)["score"]
-    assert np.allclose(scores, [0, 1, 0, 0.8, half, -1], atol=1e-6)
+    assert np.allclose(scores, [0, 1, 0, 0.8, half, 0], atol=1e-6)
     # Only the latest two, b and c: (-1, 1) / sqrt 2.
     scores = MeanProfiles(split, "test", HAND, PRESENT, history=2).score(asked)["score"]
-    assert np.allclose(scores, [-half, half, half, half / 5, 0, -1], atol=1e-6)
+    assert np.allclose(scores, [-half, half, half, half / 5, 0, 0], atol=1e-6)
 
 
 def naive_profile(split, part, user, vectors, present, history, target=None):
@@ -100,7 +101,7 @@ def test_scores_equal_a_naive_computation(tmp_path, part, history, method, timed
         assert model.without_profile[user] == (profile is None)
         if profile is not None:
             expected[user] = vectors @ profile / np.maximum(np.linalg.norm(vectors, axis=1), 1e-9)
-            expected[user, ~present] = -1
+            expected[user, ~present] = 0  # nothing is said of them; see `recllm.evaluation.coverage`
     assert np.allclose(model.of_users(users) @ model.item_vectors.T, expected, atol=1e-5)
     pairs = pl.DataFrame(
         {
@@ -179,7 +180,7 @@ def test_equal_texts_tie_in_both_ways_of_ranking(small_dataset):
     assert np.array_equal(full.above, listed.above)
 
 
-def test_what_has_no_text_is_last_and_who_knows_nothing_gets_a_tie_of_all(tmp_path):
+def test_what_has_no_text_is_ranked_by_chance_and_who_knows_nothing_gets_a_tie_of_all(tmp_path):
     split = split_of(by_hand(tmp_path))
     only_d = np.array([False, False, False, True, False, False])
     model = MeanProfiles(split, "test", HAND * only_d[:, None], only_d)
@@ -190,9 +191,11 @@ def test_what_has_no_text_is_last_and_who_knows_nothing_gets_a_tie_of_all(tmp_pa
     assert compute_metrics(records, names=["auc"]).mean()["auc"] == 0.5
     some = np.array([True, True, True, False, True, False])  # the target of u has no text
     model = MeanProfiles(split, "test", HAND * some[:, None], some)
-    records = rank_catalog(ranking, (model.of_users(ranking.users), model.item_vectors), system="p")
+    scores = fill_catalog((model.of_users(ranking.users), model.item_vectors), some, ranking)
+    records = rank_catalog(ranking, scores, system="p")
     u = records.user.to_list().index("u")
-    assert (records.above[u], records.tied[u], records.n[u]) == (1, 2, 3)  # e above, f ties
+    # e is the only candidate of u that has a text: d and f score as it does, not below it.
+    assert (records.above[u], records.tied[u], records.n[u]) == (0, 3, 3)
     with pytest.raises(DataError, match="no item has a text"):
         MeanProfiles(split, "test", HAND * 0, np.zeros(6, bool))
 

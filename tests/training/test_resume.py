@@ -107,11 +107,12 @@ def test_a_run_does_not_go_on_with_other_rows(sft, world, tmp_path):
     settings = {"instructions": str(folder), "max_steps": 4}
     with killed_at(2, before_mark=False):
         run_recipe(sft(**settings))
-    before = pl.read_parquet(folder / "train.parquet")
-    write_part(folder, "train", before.reverse())
+    before = {name: (folder / name).read_bytes() for name in ("train.parquet", "manifest.json")}
+    write_part(folder, "train", pl.read_parquet(folder / "train.parquet").reverse())
     with pytest.raises(DataError, match=r"was begun with other train rows than .*has now"):
         run_recipe(sft(resume="auto", **settings))
-    write_part(folder, "train", before)
+    for name, content in before.items():
+        (folder / name).write_bytes(content)
     assert run_recipe(sft(resume="auto", **settings)).is_dir()
 
 
