@@ -37,13 +37,13 @@ from recllm.training.conversations import ConversationEncoder
 
 RESULTS = Path(__file__).parent.parent / "results" / "tokens.json"
 SMOKE = "--smoke" in sys.argv
-USERS, ROUNDS = (20, 1) if SMOKE else (200, 3)
+USERS, ROUNDS = (20, 1) if SMOKE else (20, 3)
 COMMANDS = (
     f"data toyworld --users {USERS} --items 200 toys",
     "data split toys loo",
     "data candidates toys/splits/loo --negatives 20",
     "build instructions toys --preference none --history 10 --history-as image+title --parts train valid "
-    "--candidates 1+20-uniform-seed42 --targets-per-user 5",
+    "--candidates 1+20-uniform-seed42 --targets-per-user 2",
 )
 PIXELS = 448 * 448
 
