@@ -197,7 +197,7 @@ def test_stored_margins_of_another_model_fail_and_the_old_export_stays(
 def test_an_adapter_that_was_changed_fails(runs: dict[str, Path], tmp_path: Path) -> None:
     run = copied(runs["qlora"], tmp_path)
     change_adapter(
-        run, lambda tensors: {name: each * (3 if "lora_B" in name else 1) for name, each in tensors.items()}
+        run, lambda tensors: {name: each * (30 if "lora_B" in name else 1) for name, each in tensors.items()}
     )
     with pytest.raises(DataError, match="no longer scores its stored prompts"):
         export(ExportOptions(run, tmp_path / "out"))
