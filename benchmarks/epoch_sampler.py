@@ -8,15 +8,13 @@ Run it on two versions of the code to compare them.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from recllm.files import write_json
 from recllm.runs import describe_machine, describe_run
 
 
@@ -39,17 +37,10 @@ def main() -> None:
         began = time.perf_counter()
         sampler = EpochSampler(rows["group"], 32, 0, rows["length"])
         seconds = time.perf_counter() - began
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "rows": len(sampler),
-        "seconds": round(seconds, 3),
-        "machine": describe_machine(),
-        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
-        "run": describe_run(),
-    }
-    print(json.dumps({name: result[name] for name in ("rows", "seconds", "cpu_instructions")}))
+    figures = {"rows": len(sampler), "seconds": round(seconds, 3)}
+    print(figures)
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(options.out, {"run": describe_run(), "machine": describe_machine(), "figures": figures})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each case runs in a process of its own. Run it on two versions of the code to co
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,8 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import polars as pl
-import torch
 
+from recllm.files import write_json
 from recllm.runs import describe_machine, describe_run
 
 USERS = 100
@@ -44,16 +43,9 @@ def main() -> None:
             peaks = {case: peak_mb(case, path) for case in CASES}
             measured.append({"rows": rows, "file_mb": round(path.stat().st_size / 1e6), "peak_mb": peaks})
             print(measured[-1], flush=True)
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "machine": describe_machine(),
-        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
-        "users_read": USERS,
-        "measured": measured,
-        "run": describe_run(),
-    }
     if options.out is not None:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        figures = {"users_read": USERS, "measured": measured}
+        write_json(options.out, {"run": describe_run(), "machine": describe_machine(), "figures": figures})
 
 
 def write(path: Path, rows: int) -> None:
@@ -78,12 +70,12 @@ def peak_mb(case: str, path: Path) -> int:
 
 def read(case: str, path: Path) -> None:
     """Reads the rows of `USERS` users as the library does."""
-    from recllm.mllm.scoring.command import Source
+    from recllm.mllm.scoring.command import rows_to_score
     from recllm.training.validation import Validation
 
     rows = None
     if case == "scoring":
-        rows = Source.rows(SimpleNamespace(path=path), USERS)
+        rows = rows_to_score(SimpleNamespace(path=path), USERS)
     elif case == "validation":
         rows = Validation(None, SimpleNamespace(path=path), users=USERS).rows
     if rows is not None and rows.height != USERS * LIST:

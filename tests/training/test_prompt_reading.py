@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 
-from recllm.mllm.scoring.command import Source
+from recllm.mllm.scoring.command import rows_to_score
 from recllm.training.validation import Validation
 
 READERS = {
-    "scoring": lambda path: Source.rows(SimpleNamespace(path=path), 2),
+    "scoring": lambda path: rows_to_score(SimpleNamespace(path=path), 2),
     "validation": lambda path: Validation(None, SimpleNamespace(path=path), users=2).rows,
 }
 
