@@ -16,12 +16,12 @@ class TinyOptions:
 
 @dataclass
 class TrainTinyOptions:
-    """Trains the embedded model from nothing, as the package's own was, into a folder."""
+    """Trains an embedded model from nothing, on the lessons of the package's own, into a folder."""
 
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """The folder to make; give it as a model's name wherever `tiny` stands."""
     seed: int = 0
-    """Decides the first weights, the lessons and the pictures; the package's own has seed 0."""
+    """Decides the first weights, the lessons and the pictures."""
     overwrite: bool = False
     """Replace OUT if it is an embedded model."""
 

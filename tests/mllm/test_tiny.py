@@ -23,7 +23,7 @@ from recllm.mllm.tiny.muon import Muon, orthogonalized
 from recllm.mllm.tiny.tokenizer import SPECIAL_TOKENS, build_processor
 from recllm.mllm.tiny.training import Course, batches_of, train
 from recllm.prompts import TEMPLATES
-from recllm.prompts.mmsrarec import parse_keywords
+from recllm.prompts.keywords import parse_keywords
 from recllm.prompts.safe_text import IMAGE_MARK
 
 SMALL = Shape(layers=2, hidden=64, heads=4, kv_heads=2, vision_width=32, vision_depth=1, vision_heads=2)

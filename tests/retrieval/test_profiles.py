@@ -115,7 +115,7 @@ def test_scores_equal_a_naive_computation(tmp_path, part, history, method, timed
     for row, score in zip(split.rows(part, targets=True), found, strict=True):
         user, item = dataset.user_codes[row], dataset.item_codes[row]
         profile = naive_profile(split, part, user, vectors.astype(np.float64), present, history, item)
-        expected = -1.0 if not present[item] else None
+        expected = 0.0 if not present[item] else None
         if profile is None:
             expected = 0.0
         elif expected is None:

@@ -13,6 +13,7 @@ from recllm.mllm.scoring.command import model_of
 from recllm.mllm.scoring.options import YesNoOptions
 from recllm.training import launching
 from recllm.training import sft as steps
+from tests.training.recipe import run_recipe
 
 RATE = 1e-6
 
@@ -28,7 +29,7 @@ def test_an_update_below_the_resolution_of_bfloat16_is_kept(sft, tiny_path, bf16
         max_steps=2,
         valid_users=1,
     )
-    run = steps.run_sft(options)
+    run = run_recipe(options)
     before, after = load_file(tiny_path / "model.safetensors"), load_file(run / "model.safetensors")
     trained = [name for name in after if ".layers." in name and "visual" not in name]
     moved = {name: (after[name] - before[name]).abs().max() for name in trained}

@@ -36,8 +36,8 @@ def checkpoint_folder() -> Path:
 def train_checkpoint(out: Path, *, seed: int = 0, overwrite: bool = False, progress: bool = True) -> Path:
     """Trains the embedded model from nothing and writes it as a `save_pretrained` folder.
 
-    The package's own checkpoint was made so with seed 0. Equal seeds give equal weights up to the rounding of
-    a CPU's float32 products.
+    The lessons are those of the package's own checkpoint, whose manifest.json says how it was made. Equal
+    seeds give equal weights up to the rounding of a CPU's float32 products.
 
     Args:
         out: The folder to make.
