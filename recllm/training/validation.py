@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from recllm.data.prompt_files import FILE_ROW, PromptFile, small_columns
 from recllm.errors import DataError
 from recllm.evaluation import compute_metrics, rank_candidates
 from recllm.mllm.scoring import YesNoScorer, score_table
@@ -46,8 +47,7 @@ class Validation:
         users: int | None = None,
         visual_store: VisualStore | None = None,
     ):
-        table = pl.scan_parquet(part.path, glob=False)
-        lists = table.select("user", "target", "label").collect()
+        lists = pl.scan_parquet(part.path, glob=False).select("user", "target", "label").collect()
         labels = lists.group_by("user", "target").agg(
             positives=pl.col("label").sum(), negatives=(1 - pl.col("label")).sum()
         )
@@ -59,11 +59,13 @@ class Validation:
                 f"{part.path} has targets without candidates to rank them among; build the instructions with "
                 "--candidates NAME (made by `recllm data candidates`)"
             )
+        chosen = None
         if users is not None:
             names = lists["user"].unique(maintain_order=True)
             places = np.unique(np.linspace(0, len(names) - 1, min(users, len(names))).round().astype(int))
-            table = table.filter(pl.col("user").is_in(names[places].implode()))
-        self.rows = table.collect(engine="streaming")  # a prompt takes kilobytes: other users' are not read
+            chosen = names[places]
+        self.rows = small_columns(part.path, chosen)  # a prompt takes kilobytes, and stays in the file
+        self._prompts = PromptFile(part.path)
         self._loaded, self._part, self._store = loaded, part, visual_store
 
     def measure(self, model: Any) -> dict[str, float]:
@@ -89,8 +91,8 @@ class Validation:
         positives = self.rows.filter(pl.col("label") == 1).head(_PROBES // 2)
         others = self.rows.join(positives, on=["user", "target"], how="semi").filter(pl.col("label") == 0)
         rows = pl.concat([positives, others.head(_PROBES - len(positives))])
-        return rows.with_columns(margin=self._score(model, rows)["margin"])
+        return self._prompts.take(rows[FILE_ROW]).with_columns(margin=self._score(model, rows)["margin"])
 
     def _score(self, model: Any, rows: pl.DataFrame) -> pl.DataFrame:
         scorer = YesNoScorer(replace(self._loaded, model=model), visual_store=self._store)
-        return score_table(scorer, rows, self._part.dataset)
+        return score_table(scorer, rows, self._part.dataset, prompts=self._prompts)

@@ -10,6 +10,7 @@ import polars as pl
 from recllm.config import refuse_given
 from recllm.data.instructions import InstructionPart, check_trained_on, open_part
 from recllm.data.origins import made, made_metadata
+from recllm.data.prompt_files import FILE_ROW, PromptFile, small_columns
 from recllm.errors import DataError
 from recllm.files import read_json
 from recllm.mllm.loading import LoadOptions
@@ -41,6 +42,7 @@ def score_yes_no(options: YesNoOptions) -> None:
     if out.exists() and not options.overwrite:
         raise DataError(f"{out} exists already; give another --name or --out, or --overwrite to replace it")
     rows = rows_to_score(source, options.limit)
+    prompts = PromptFile(source.path)
 
     from recllm.mllm.scoring.job import score_into
     from recllm.mllm.scoring.scorer import YesNoScorer
@@ -61,7 +63,8 @@ def score_yes_no(options: YesNoOptions) -> None:
         batch_tokens=options.batch_tokens,
     )
     if options.generate_steps:
-        rows = _with_steps(rows, source.dataset, loaded, store, options.step_tokens)
+        whole = prompts.take(rows[FILE_ROW])
+        rows = _with_steps(whole, source.dataset, loaded, store, options.step_tokens)
     job = {
         "instructions": source.description["sha256"],
         "limit": options.limit,
@@ -80,23 +83,32 @@ def score_yes_no(options: YesNoOptions) -> None:
         ),
     }
     summary = score_into(
-        scorer, rows, source.dataset, out, job=job, metadata=metadata, overwrite=options.overwrite
+        scorer,
+        rows,
+        source.dataset,
+        out,
+        job=job,
+        metadata=metadata,
+        overwrite=options.overwrite,
+        prompts=None if options.generate_steps else prompts,
     )
     if summary is not None:
         print(f"{out} ({scorer.method}): {summary}")
 
 
 def rows_to_score(source: InstructionPart, limit: int | None) -> pl.DataFrame:
-    """Returns the rows of a part, or those of its first `limit` users.
+    """Returns the rows of a part, or those of its first `limit` users, without their prompts.
+
+    They are as `recllm.data.prompt_files.small_columns` returns them; `PromptFile` reads their prompts.
 
     Raises:
         DataError: There are none, or a user's target has an item twice.
     """
-    table = pl.scan_parquet(source.path, glob=False)
-    if limit is not None:  # a prompt takes kilobytes: other users' are not read
-        users = table.select("user").collect()["user"].unique(maintain_order=True).head(limit)
-        table = table.filter(pl.col("user").is_in(users.implode()))
-    rows = table.collect(engine="streaming")
+    users = None
+    if limit is not None:
+        names = pl.scan_parquet(source.path, glob=False).select("user").collect()["user"]
+        users = names.unique(maintain_order=True).head(limit)
+    rows = small_columns(source.path, users)
     if rows.is_empty():
         raise DataError(f"{source.path} has no rows to score")
     keys = ["user", "target", "item"]

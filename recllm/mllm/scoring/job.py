@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recllm.data.prompt_files import PromptFile
 from recllm.files import write_file
 from recllm.mllm import ranks
 from recllm.mllm.scoring.prompts import PromptReader, digest_of_images, group_rows, image_sizes, units_of
@@ -61,6 +62,7 @@ def score_into(
     job: dict[str, Any],
     metadata: dict[str, str],
     overwrite: bool = False,
+    prompts: PromptFile | None = None,
 ) -> Summary | None:
     """Scores rows and writes `out` when all ranks are done; what an earlier run of the job scored is kept.
 
@@ -75,6 +77,7 @@ def score_into(
         job: What decides the scores besides the scorer; JSON types only.
         metadata: Of the file.
         overwrite: Drop unfinished scores of other settings.
+        prompts: The file to read the prompts from, as for `score_table`; None: `rows` has them.
 
     Returns:
         What became of it, on rank 0; None on the others.
@@ -85,7 +88,7 @@ def score_into(
     """
     started = time.perf_counter()
     ranks.connect()
-    groups = group_rows(rows)
+    groups = group_rows(rows, prompts_on_disk=prompts is not None)
     shards = ScoreShards(out.parent / f".{out.stem}.scoring")
     if ranks.rank() == 0:
         job = {**job, "images": digest_of_images(rows, folder), "scorer": scorer.identity}
@@ -110,7 +113,7 @@ def score_into(
             Progress(desc="scoring", total=total, unit="row", disable=ranks.rank() > 0, leave=False) as bar,
         ):
             reader = PromptReader(scorer.loaded, folder, sizes, session.key_of)
-            units = [unit_reader(reader, rows, unit) for unit in mine]
+            units = [unit_reader(reader, rows, unit, prompts) for unit in mine]
             for scored in session.score(units, reader.paths, done):
                 shard.append(scored)
                 scored_now += len(scored.rows)

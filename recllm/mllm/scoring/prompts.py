@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from recllm.data.image_hashes import ImageHashes
+from recllm.data.prompt_files import FILE_ROW
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
 from recllm.mllm.image_slots import ImageSlots
@@ -73,15 +74,20 @@ class Group:
         return replace(self, prompts=self.prompts[start:end])
 
 
-def group_rows(rows: pl.DataFrame) -> list[list[int]]:
+def group_rows(rows: pl.DataFrame, *, prompts_on_disk: bool = False) -> list[list[int]]:
     """Returns the row numbers of each (user, target), groups in the order of their first rows.
+
+    Args:
+        rows: Rows of instructions.
+        prompts_on_disk: The table has no prompts, but the numbers of its rows in a file that has them.
 
     Raises:
         DataError: A column is missing.
     """
     import polars as pl
 
-    if missing := [name for name in COLUMNS if name not in rows.columns]:
+    needed = [FILE_ROW if name == "prompt" and prompts_on_disk else name for name in COLUMNS]
+    if missing := [name for name in needed if name not in rows.columns]:
         raise DataError(
             f"the table to score has no column {missing[0]!r}; expected rows of instructions, as "
             "`recllm build instructions` writes them"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from recllm.data.prompt_files import FILE_ROW, PromptFile
 from recllm.mllm.ranks import rank
 from recllm.mllm.scoring.prompts import COLUMNS, Prompt, PromptReader, group_rows, image_sizes, units_of
 from recllm.progress import Progress
@@ -19,7 +20,11 @@ if TYPE_CHECKING:
 
 
 def score_table(
-    scorer: YesNoScorer, rows: pl.DataFrame, folder: Path, progress: bool = False
+    scorer: YesNoScorer,
+    rows: pl.DataFrame,
+    folder: Path,
+    progress: bool = False,
+    prompts: PromptFile | None = None,
 ) -> pl.DataFrame:
     """Scores rows of instructions; what the rows of one user and target share is computed once.
 
@@ -28,6 +33,8 @@ def score_table(
         rows: As in `instructions/<name>/<part>.parquet`, in any order.
         folder: The dataset folder, which image paths are relative to.
         progress: Show a bar where there is a terminal, on rank 0.
+        prompts: Read the prompts from this file as they are needed; `rows` are then what
+            `recllm.data.prompt_files.small_columns` returns for it, or some of them.
 
     Returns:
         In the order of `rows`: id, user, target, item, label, margin, probability, outside (the probability
@@ -38,7 +45,7 @@ def score_table(
             special tokens; the sample is named.
     """
     folder = Path(folder)
-    groups = group_rows(rows)
+    groups = group_rows(rows, prompts_on_disk=prompts is not None)
     sizes = image_sizes(rows, folder)
     margin, outside = np.empty(rows.height, np.float32), np.empty(rows.height, np.float32)
     with (
@@ -52,7 +59,7 @@ def score_table(
         ) as bar,
     ):
         reader = PromptReader(scorer.loaded, folder, sizes, session.key_of)
-        units = [unit_reader(reader, rows, unit) for unit in units_of(groups)]
+        units = [unit_reader(reader, rows, unit, prompts) for unit in units_of(groups)]
         for scored in session.score(units, reader.paths):
             margin[scored.rows], outside[scored.rows] = scored.margin, scored.outside
             bar.update(len(scored.rows))
@@ -62,15 +69,30 @@ def score_table(
 
 
 def unit_reader(
-    reader: PromptReader, rows: pl.DataFrame, unit: list[list[int]]
+    reader: PromptReader, rows: pl.DataFrame, unit: list[list[int]], prompts: PromptFile | None = None
 ) -> Callable[[], list[list[Prompt]]]:
-    """Returns what reads the prompts of some groups of row numbers, when it is called."""
-    return partial(_read, reader, rows, unit)
+    """Returns what reads the prompts of some groups of row numbers, when it is called.
+
+    Args:
+        reader: Makes prompts of rows.
+        rows: The table that has the groups' rows.
+        unit: The groups.
+        prompts: The file that has the rows' prompts; None: `rows` has them.
+    """
+    return partial(_read, reader, rows, unit, prompts)
 
 
-def _read(reader: PromptReader, rows: pl.DataFrame, unit: list[list[int]]) -> list[list[Prompt]]:
-    prompts = []
+def _read(
+    reader: PromptReader, rows: pl.DataFrame, unit: list[list[int]], prompts: PromptFile | None
+) -> list[list[Prompt]]:
+    numbers = [row for group in unit for row in group]
+    if prompts is None:
+        table = rows[numbers].select(COLUMNS)
+    else:
+        table = prompts.take(rows[FILE_ROW][numbers], COLUMNS)
+    found, start = [], 0
     for group in unit:
-        contents = rows[group].select(COLUMNS).to_dicts()
-        prompts.append([reader.read(row, content) for row, content in zip(group, contents, strict=True)])
-    return prompts
+        contents = table[start : start + len(group)].to_dicts()
+        found.append([reader.read(row, content) for row, content in zip(group, contents, strict=True)])
+        start += len(group)
+    return found
