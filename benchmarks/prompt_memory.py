@@ -1,4 +1,4 @@
-"""Peak memory of reading some users' prompts from a part of instructions, for scoring and for validation.
+"""Peak memory of reading prompts from a part of instructions: some users', and those of all rows in turn.
 
     python benchmarks/prompt_memory.py --rows 20000 80000 --out results/prompt_memory.json
 
@@ -21,7 +21,7 @@ from recllm.runs import describe_machine, describe_run
 
 USERS = 100
 LIST = 21
-CASES = ("imports", "scoring", "validation")
+CASES = ("imports", "scoring", "validation", "scoring all rows", "validation on all rows")
 
 
 def main() -> None:
@@ -57,9 +57,10 @@ def write(path: Path, rows: int) -> None:
         item=(pl.col("row") % LIST).cast(pl.String),
         target=pl.lit("0"),
         label=(pl.col("row") % LIST == 0).cast(pl.Int8),
+        images=pl.lit([], pl.List(pl.String)),
         prompt=pl.concat_str(pl.lit("seen: a striped mug. " * 440), pl.col("row").cast(pl.String)),
     )
-    table.filter(pl.col("user").cast(pl.Int64) < rows // LIST).sink_parquet(path, row_group_size=4096)
+    table.filter(pl.col("user").cast(pl.Int64) < rows // LIST).sink_parquet(path, row_group_size=2048)
 
 
 def peak_mb(case: str, path: Path) -> int:
@@ -69,17 +70,25 @@ def peak_mb(case: str, path: Path) -> int:
 
 
 def read(case: str, path: Path) -> None:
-    """Reads the rows of `USERS` users as the library does."""
+    """Reads rows as the library does, and their prompts a unit at a time, as they are scored."""
+    from recllm.data.prompt_files import PromptFile
     from recllm.mllm.scoring.command import rows_to_score
+    from recllm.mllm.scoring.prompts import group_rows, units_of
+    from recllm.mllm.scoring.tables import unit_reader
     from recllm.training.validation import Validation
 
-    rows = None
-    if case == "scoring":
-        rows = rows_to_score(SimpleNamespace(path=path), USERS)
-    elif case == "validation":
-        rows = Validation(None, SimpleNamespace(path=path), users=USERS).rows
-    if rows is not None and rows.height != USERS * LIST:
-        raise SystemExit(f"{rows.height} rows were read, expected {USERS * LIST}")
+    part, users = SimpleNamespace(path=path), None if "all rows" in case else USERS
+    if case != "imports":
+        if case.startswith("scoring"):
+            rows = rows_to_score(part, users)
+        else:
+            rows = Validation(None, part, users=users).rows
+        reader = SimpleNamespace(read=lambda row, content: len(content["prompt"]))
+        prompts, units = PromptFile(path), units_of(group_rows(rows, prompts_on_disk=True))
+        found = sum(len(group) for unit in units for group in unit_reader(reader, rows, unit, prompts)())
+        expected = rows.height if users is None else users * LIST
+        if found != expected:
+            raise SystemExit(f"{found} rows were read, expected {expected}")
     status = Path("/proc/self/status").read_text()
     print(int(status.partition("VmHWM:")[2].split()[0]) * 1024 // 10**6)
 
