@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from recllm.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FILE_ROW = "file_row"
 """The column of `small_columns` that holds each row's number in the file."""
@@ -61,7 +65,7 @@ class PromptFile:
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
         self._lock = threading.Lock()
-        self._kept: tuple[tuple[int, tuple[str, ...] | None], pl.DataFrame] | None = None
+        self._kept: tuple[tuple[int, tuple[str, ...] | None], pa.Table] | None = None
 
     def take(self, numbers: Sequence[int] | pl.Series, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """Reads rows.
@@ -76,6 +80,8 @@ class PromptFile:
         Raises:
             DataError: The file has no row of such a number.
         """
+        import pyarrow as pa
+
         places = np.asarray(numbers, np.int64)
         if len(places) and not 0 <= places.min() <= places.max() < self._starts[-1]:
             raise DataError(
@@ -87,14 +93,15 @@ class PromptFile:
         order = np.argsort(groups, kind="stable")
         with self._lock:
             found = [
-                self._group(int(group), wanted)[places[groups == group] - self._starts[group]]
+                self._group(int(group), wanted).take(places[groups == group] - self._starts[group])
                 for group in np.unique(groups)
-            ] or [self._group(0, wanted).clear()]
-        return pl.concat(found)[np.argsort(order)]
+            ] or [self._group(0, wanted).slice(0, 0)]
+        return pl.DataFrame(pa.concat_tables(found).take(np.argsort(order)))
 
-    def _group(self, group: int, columns: tuple[str, ...] | None) -> pl.DataFrame:
+    def _group(self, group: int, columns: tuple[str, ...] | None) -> pa.Table:
+        # Rows are copied out of Arrow: strings that Polars gathers would keep the whole row group alive.
         if self._kept is None or self._kept[0] != (group, columns):
             self._kept = None  # two are never held
             table = self._file.read_row_group(group, columns=columns, use_threads=False)
-            self._kept = (group, columns), pl.DataFrame(table)
+            self._kept = (group, columns), table
         return self._kept[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -119,6 +120,15 @@ def test_rows_in_any_order_from_several_threads(folder, rows):
         found = list(pool.map(file.take, asked))
     assert all(table.equals(rows[numbers]) for table, numbers in zip(found, asked, strict=True))
     assert file.take([]).equals(rows.clear())
+
+
+def test_rows_that_were_read_do_not_keep_their_row_groups_in_memory(tmp_path):
+    prompts_of_10_kb = [f"{number:05}" * 2000 for number in range(1000)]
+    pl.DataFrame({"prompt": prompts_of_10_kb}).write_parquet(tmp_path / "test.parquet", row_group_size=100)
+    file, before = PromptFile(tmp_path / "test.parquet"), pa.total_allocated_bytes()
+    found = file.take(range(0, 1000, 100))  # one of each group of a megabyte
+    assert found["prompt"].to_list() == prompts_of_10_kb[::100]
+    assert pa.total_allocated_bytes() - before < 1.5e6
 
 
 def test_what_is_not_in_the_file_is_an_error(folder, rows, tmp_path):
