@@ -52,13 +52,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     options.work.mkdir(parents=True)
-    figures = {
-        way: measure(options.work / way.replace(" ", "-"), variables) for way, variables in WAYS.items()
-    }
-    if options.out is not None:
-        run = describe_run()
-        run["command"] = ["benchmarks/quickstart.py", "WORK", "--out", str(options.out)]
-        write_json(options.out, {"run": run, "machine": figures["as it is"]["machine"], "figures": figures})
+    figures = {}
+    for way, variables in WAYS.items():
+        figures[way] = measure(options.work / way.replace(" ", "-"), variables)
+        if options.out is not None:
+            run = describe_run()
+            run["command"] = ["quickstart.py", "WORK", "--out", str(options.out)]
+            machine = figures["as it is"]["machine"]
+            write_json(options.out, {"run": run, "machine": machine, "figures": figures})
 
 
 if __name__ == "__main__":

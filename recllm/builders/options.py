@@ -126,8 +126,8 @@ class UserOptions(ModelOptions):
     step: int = 3
     """Interactions from one window's start to the next; at most `window`, so that none is passed over."""
     tell_ratings: bool = False
-    """For mllm_srec: windows say the user's ratings, and hold dislikes, too (splits with --like); without it,
-    dislikes are left out of them."""
+    """For mllm_srec: windows say the user's ratings; on splits with --like they also hold dislikes, which are
+    left out otherwise."""
     max_history: int = 0
     """Only windows that begin within a user's latest so many interactions (mllm_srec), or only those
     interactions (mllmrec); 0 for all."""
@@ -167,8 +167,8 @@ class InstructionOptions:
     history_as: Literal["summary", "title", "image", "image+title"] = "summary"
     """How they are shown: by their IMSG summary, title, image, or image and title."""
     tell_ratings: bool = False
-    """Histories say the user's ratings, and hold dislikes, too (splits with --like); without it, dislikes are
-    left out of them. Preference texts must have been written the same way."""
+    """Histories say the user's ratings; on splits with --like they also hold dislikes, which are left out
+    otherwise. Preference texts must have been written the same way."""
     profile: bool = True
     """Say the user's profile, where users.parquet has the column `profile`; --no-profile leaves it out."""
     user_id: bool = False

@@ -22,6 +22,8 @@ from pathlib import Path
 
 import polars as pl
 
+from recllm.data.checked import CHECKED
+from recllm.data.image_hashes import CACHE as IMAGE_HASHES
 from recllm.data.schema import TABLES
 from recllm.errors import DataError
 from recllm.files import DATASET, staged_folder
@@ -29,7 +31,7 @@ from recllm.files import DATASET, staged_folder
 CONTENT_ADDRESSED = ("embeddings", "generations", "visual")
 _OF_A_DATASET = (*(f"{name}.parquet" for name in TABLES), "manifest.json", "images", "truth")
 _NAMED = 12
-_IGNORED = (".DS_Store", "Thumbs.db")
+_IGNORED = (CHECKED, IMAGE_HASHES, ".DS_Store", "Thumbs.db")
 
 
 def dataset_folder(out: Path, *, overwrite: bool, discard_derived: bool) -> AbstractContextManager[Path]:
@@ -65,7 +67,7 @@ def refuse_derived(folder: Path, *, own: Collection[str], discardable: bool = Tr
     if not names:
         return
     named = ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else "")
-    way_out = "; --discard-derived deletes that too" if discardable else "; move that away first"
+    way_out = "; --discard-derived deletes them too" if discardable else "; move them away first"
     kept = kept_stores(folder)
     raise DataError(
         f"{folder} holds {named}, which --overwrite would delete{way_out}, or give another folder"

@@ -284,9 +284,11 @@ def check_one_setting(named: Sequence[tuple[str, RankRecords]]) -> None:
     name, first = named[0]
     for other_name, other in named[1:]:
         if (other.protocol, other.lists) != (first.protocol, first.lists):
+            pools = [("/covered-" in (each.protocol or "")) for each in (first, other)]
             raise DataError(
                 f"{name} was measured under {first.protocol!r} ({first.lists} lists) and {other_name} under "
                 f"{other.protocol!r} ({other.lists} lists); systems can be compared under one protocol only"
+                + ("; score both with the same --pool" if any(pools) else "")
             )
     origins = [replace(records.origin, what=name) for name, records in named]
     for one, other in itertools.combinations(origins, 2):

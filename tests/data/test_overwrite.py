@@ -246,3 +246,12 @@ def test_what_is_appended_while_the_dataset_is_replaced_is_kept(shop, monkeypatc
     first.close()
     store = GenerationStore.open(shop / "generations")
     assert [store.get(key).text for key in (KEY, late, bytes([1] * 32))] == ["an answer", "late", "later"]
+
+
+def test_what_recllm_remembers_of_a_checked_dataset_is_not_derived(tmp_path: Path) -> None:
+    command = ["data", "toyworld", "--users", "20", "--items", "100", str(tmp_path / "toys")]
+    main(command)
+    (tmp_path / "toys" / ".checked.json").write_text("{}")
+    (tmp_path / "toys" / ".image-hashes.npy").write_bytes(b"")
+    main([*command, "--overwrite"])
+    assert not (tmp_path / "toys" / ".image-hashes.npy").exists()
