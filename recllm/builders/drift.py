@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import fields
@@ -18,6 +19,8 @@ from recllm.builders.session import Session
 from recllm.builders.texts import text_path
 from recllm.mllm.chat import Request, message
 from recllm.mllm.generation.run import Counts, Generated
+from recllm.mllm.ranks import rank
+from recllm.progress import Progress
 from recllm.prompts.templates import Template
 
 TUBC_TOKENS = 256
@@ -53,24 +56,28 @@ def follow_drift(
     ratings = told_ratings(session.dataset, tell=options.tell_ratings)
     chains = [_Chain(session, options, histories, told, user, ratings) for user in users]
     counts, active = Counts(0, 0, 0, 0, 0), chains
-    for wave in itertools.count():
-        active = [chain for chain in active if chain.goes_on()]
-        if not active:
-            break
-        requests = (request for chain in active for request in chain.requests(template))
-        if options.dry_run:
-            windows_in_all = {window for chain in chains for window in chain.told_windows()} - seen
-            seen |= windows_in_all
-            session.preview(name, requests, decoding, total=len(windows_in_all))
-            print(f"{name}: judged by first windows; later ones have a line more, the summary before")
-            return
-        answers = session.answer(f"{name}, window {wave + 1}", requests, decoding)
-        results = enumerate(answers.results())
-        for chain in active:
-            for number, (_, result) in itertools.islice(results, chain.waiting):
-                prompt_hash = int(answers.prompt_hash(number), 16)
-                chain.take(answers.key(number), prompt_hash, None if result.error else result.text)
-        counts = _plus(counts, answers.counts)
+    total = sum(len(chain.windows) for chain in chains)
+    hidden = rank() > 0 or options.dry_run or sys.stderr.isatty()  # a terminal has a bar for each wave
+    with Progress(desc=name, total=total, unit="window", disable=hidden) as bar:
+        for wave in itertools.count():
+            active = [chain for chain in active if chain.goes_on()]
+            if not active:
+                break
+            requests = (request for chain in active for request in chain.requests(template))
+            if options.dry_run:
+                windows_in_all = {window for chain in chains for window in chain.told_windows()} - seen
+                seen |= windows_in_all
+                session.preview(name, requests, decoding, total=len(windows_in_all))
+                print(f"{name}: judged by first windows; later ones have a line more, the summary before")
+                return
+            answers = session.answer(f"{name}, window {wave + 1}", requests, decoding)
+            results = enumerate(answers.results())
+            for chain in active:
+                for number, (_, result) in itertools.islice(results, chain.waiting):
+                    prompt_hash = int(answers.prompt_hash(number), 16)
+                    chain.take(answers.key(number), prompt_hash, None if result.error else result.text)
+            counts = _plus(counts, answers.counts)
+            bar.update(len(answers))
     steps = [(chain, number) for chain in chains for number in range(len(chain.keys))]
     generated = Generated(
         session.store,
