@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint tables clean
 
 quickstart: $(VENV)/.ready
-	@echo "== quickstart (about 5 minutes on two cores; what is finished is used again)"
+	@echo "== quickstart (5 to 10 minutes on two cores; what is finished is used again)"
 	@HF_HUB_OFFLINE=1 $(BIN)/recllm quickstart quickstart
 
 test: $(VENV)/.ready

@@ -61,6 +61,7 @@ def with_tables(readme: str) -> str:
         growth,
         generation,
         saved,
+        for_nothing,
     )
     tables = {maker.__name__: maker() for maker in makers}
     for name, text in tables.items():
@@ -69,6 +70,34 @@ def with_tables(readme: str) -> str:
         if found != 1:
             raise SystemExit(f"README.md: expected one place for the table {name!r}, found {found}")
     return readme
+
+
+def for_nothing() -> str:
+    """Work that was done for nothing, before and after."""
+    tokens, rankers = results("tokens")["figures"], results("ranker_work")["figures"]
+    beside, order = results("beside_other_work"), results("epoch_sampler")["figures"]
+    memory = results("prompt_memory")["figures"]
+    rows = [["what", "before", "after"]]
+    for name, about in (("scoring", "a row to score"), ("training", "a row to train on")):
+        spent = tokens[name]["milliseconds_per_row"]
+        rows.append(
+            [f"tokens of {about}, 3,000 tokens", f"{spent['before']:.1f} ms", f"{spent['after']:.2f} ms"]
+        )
+    seconds = {when: order[when]["seconds"] / order[when]["rows"] * 100_000 for when in ("before", "after")}
+    rows.append(["order of 100,000 training rows", f"{seconds['before']:.1f} s", f"{seconds['after']:.2f} s"])
+    peaks = [memory[when]["measured"][-1]["peak_mb"]["scoring all rows"] for when in ("before", "after")]
+    rows.append(["peak memory of reading 80,000 prompts to score", *(f"{peak:,} MB" for peak in peaks)])
+    for name, about in (
+        ("batch", "wait for a batch of 16,384 rows, 8 processes"),
+        ("ce", "cross-entropy without gradients"),
+        ("make", "FREEDOM's item graph, once it is on disk"),
+        ("lattice", "LATTICE's neighbors in an epoch"),
+        ("refusal", "HM4SR's refusal of data without times"),
+    ):
+        rows.append([about, *(f"{rankers[name][when]:.3g} s" for when in ("before", "after"))])
+    slower = [f"{way['times_slower']:.1f} x" for way in beside["figures"].values()]
+    rows.append([f"training beside {beside['busy_loops']} busy loops, against alone", *slower])
+    return table(rows)
 
 
 def toyworld() -> str:

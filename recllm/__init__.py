@@ -8,6 +8,7 @@ import os
 
 __version__ = "0.1.0"
 
-# OpenMP reads this once, when torch is imported. By default its threads spin at barriers; beside other work
-# on the same cores they then wait for a thread that has no core, and training takes ten times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# OpenMP reads this once, when torch is imported. By default its threads spin at barriers for a long time;
+# beside other work they then wait for a thread that has no core. A short spin costs nothing otherwise.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")

@@ -105,13 +105,15 @@ def test_no_script_or_folder_is_named_after_a_dependency():
     assert not found & taken
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("active", "active")])
-def test_waiting_threads_sleep_unless_the_user_wants_them_to_spin(given: str | None, expected: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    if given is not None:
-        environment["OMP_WAIT_POLICY"] = given
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")],
+)
+def test_waiting_threads_soon_sleep_unless_the_user_decides(given: dict[str, str], expected: str) -> None:
+    ours = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | given
     program = (
-        "import sys, recllm, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+        "import sys, recllm, os; assert 'torch' not in sys.modules; print(os.environ.get('GOMP_SPINCOUNT'))"
     )
     told = subprocess.run(
         [sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True
