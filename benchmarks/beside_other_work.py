@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from recllm.files import write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 WAYS = {
     "threads that spin (the default)": {},

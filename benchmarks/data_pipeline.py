@@ -26,7 +26,7 @@ from pathlib import Path
 
 from recllm.config import parse_config
 from recllm.files import write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "data_pipeline.json"
 

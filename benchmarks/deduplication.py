@@ -23,7 +23,7 @@ from recllm.files import write_json
 from recllm.mllm.chat import Decoding
 from recllm.mllm.store import request_key
 from recllm.prompts.mllm_srec import VIU
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "deduplication.json"
 CANDIDATES = 21

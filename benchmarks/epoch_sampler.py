@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from recllm.files import write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 
 def main() -> None:

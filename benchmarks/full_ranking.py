@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from recllm.files import write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "full_ranking.json"
 USERS, ITEMS, DIMS, ROUNDS, KS = 22_363, 12_101, 64, 11, (5, 10, 20, 50)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from recllm.files import write_json
 from recllm.mllm.chat import Decoding, Request, Result, message
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "generation_store.json"
 SIZES, ROUNDS, BATCH = (1, 1_000, 10_000, 100_000), 5, 32

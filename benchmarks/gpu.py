@@ -43,10 +43,11 @@ from recllm.data.splits import SplitOptions, make_split
 from recllm.data.toyworld import generate
 from recllm.files import write_json
 from recllm.mllm.loading import LoadedModel
+from recllm.mllm.prefix.groups import share
 from recllm.mllm.scoring import YesNoScorer, score_table
-from recllm.mllm.scoring.prompts import PromptReader, group_rows, image_sizes, share
+from recllm.mllm.scoring.prompts import PromptReader, group_rows, image_sizes
 from recllm.mllm.tiny.architecture import SHAPES, Shape, random_model
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "gpu.json"
 SMOKE = "--smoke" in sys.argv
@@ -241,7 +242,7 @@ def measure_step(name: str, dataset: Path, folder: Path, *, nf4: bool, flops: in
     from trl import SFTConfig
 
     from recllm.data.instructions import open_part
-    from recllm.journal import Journal
+    from recllm.runs.log import Journal
     from recllm.training.collate import Collator
     from recllm.training.parts import LANGUAGE, Parts, lora_pattern
     from recllm.training.rows import training_rows

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from recllm.files import write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "metrics.json"
 LISTS, CANDIDATES, ROUNDS = 100_000, 50, 5

@@ -25,7 +25,7 @@ from recllm.errors import DataError
 from recllm.evaluation.metrics import compute_metrics
 from recllm.evaluation.ranks import rank_candidates
 from recllm.files import read_json, write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 ROOT = Path(__file__).parents[1]
 HEADING = "## MovieLens with posters"

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import polars as pl
 
 from recllm.files import write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 USERS = 100
 LIST = 21

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 from recllm.files import read_json, write_json
-from recllm.runs import describe_run
+from recllm.runs.provenance import describe_run
 
 WAYS = {"as it is": {}, "AVX2 alone": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}}
-MACHINE = "from recllm.runs import describe_machine; print(describe_machine())"
+MACHINE = "from recllm.runs.provenance import describe_machine; print(describe_machine())"
 
 
 def measure(folder: Path, variables: dict[str, str]) -> dict[str, object]:

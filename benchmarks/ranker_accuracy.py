@@ -31,10 +31,10 @@ from recllm.evaluation.metrics import compute_metrics
 from recllm.evaluation.ranks import RankRecords
 from recllm.evaluation.significance import bootstrap_means
 from recllm.files import read_json, write_json
-from recllm.journal import read_log
 from recllm.rankers import RANKERS, ranker_class
 from recllm.rankers.fit import LOG
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.log import read_log
+from recllm.runs.provenance import describe_machine, describe_run
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")

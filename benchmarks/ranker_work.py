@@ -74,7 +74,7 @@ def ce() -> float:
 
 def make() -> float:
     """Seconds of making FREEDOM a second time."""
-    from recllm.rankers.freedom import FREEDOM
+    from recllm.rankers.models.freedom import FREEDOM
 
     with tempfile.TemporaryDirectory() as folder:
         known = data(100, features=Path(folder))
@@ -86,7 +86,7 @@ def make() -> float:
 
 def lattice() -> float:
     """Seconds of what an epoch's begin and its validation cost beside the steps, in the second epoch."""
-    from recllm.rankers.lattice import LATTICE
+    from recllm.rankers.models.lattice import LATTICE
 
     with tempfile.TemporaryDirectory() as folder:
         model = LATTICE(data(100, features=Path(folder)))
@@ -175,7 +175,7 @@ def vector_instructions() -> list[str]:
 
 def main() -> None:
     from recllm.files import write_json
-    from recllm.runs import describe_machine, describe_run
+    from recllm.runs.provenance import describe_machine, describe_run
 
     trees = {"before": Path(sys.argv[1]).resolve(), "after": ROOT}
     seconds: dict[str, dict[str, list[float]]] = {}

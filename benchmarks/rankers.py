@@ -43,12 +43,12 @@ from recllm.config import parse_config, run_command
 from recllm.data.splits import Split
 from recllm.errors import DataError
 from recllm.files import read_json, write_file, write_json
-from recllm.journal import read_log
 from recllm.rankers import ranker_class
 from recllm.rankers.fit import LOG, fit, seed_weights
 from recllm.rankers.options import TrainRankerOptions, options_class
 from recllm.rankers.training_data import TrainingData
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.log import read_log
+from recllm.runs.provenance import describe_machine, describe_run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "rankers.json"

@@ -23,7 +23,7 @@ from torch import Tensor
 from recllm.files import write_json
 from recllm.graphs.knn import nearest_neighbors
 from recllm.graphs.propagation import symmetric_normalized
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "rankers_graph.json"
 SMOKE = "--smoke" in sys.argv

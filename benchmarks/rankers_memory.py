@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from recllm.files import write_json
 from recllm.rankers.batches import Epochs
 from recllm.rankers.criteria import BLOCK, Criterion
-from recllm.rankers.sasrec import SASRec
+from recllm.rankers.models.sasrec import SASRec
 from recllm.rankers.training_data import Histories, TrainingData
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "rankers_memory.json"
 PLOT = RESULTS.with_suffix(".svg")

@@ -26,10 +26,10 @@ import torch
 
 from recllm.files import write_json
 from recllm.mllm.loading import load
+from recllm.mllm.prefix.groups import Prompt
 from recllm.mllm.scoring import YesNoScorer
-from recllm.mllm.scoring.prompts import Prompt
 from recllm.mllm.tiny.architecture import Shape, build_random
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "scoring.json"
 PLOT = RESULTS.with_suffix(".svg")

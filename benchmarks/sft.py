@@ -35,7 +35,7 @@ from pathlib import Path
 
 from recllm.files import write_json
 from recllm.mllm.tiny.architecture import Shape
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "sft.json"
 SMOKE = "--smoke" in sys.argv
@@ -96,7 +96,7 @@ def prepare(setting: Setting, folder: Path) -> dict:
     from recllm.data.splits import SplitOptions, make_split
     from recllm.data.toyworld import generate
     from recllm.mllm.tiny import build_random
-    from recllm.mllm.visual_folder import open_visual_store
+    from recllm.mllm.vision.of_dataset import open_visual_store
     from recllm.training.rows import training_rows
 
     dataset = generate(users=max(40, setting.rows), items=120).write(folder / "world")
@@ -151,7 +151,7 @@ class NoValidation:
 def ours(setting: Setting, folder: Path, run: Path, checkpointing: bool, who: str):
     """Returns the trainer of `recipes/sft.py`."""
     from recllm.data.instructions import open_part
-    from recllm.mllm.visual_folder import open_visual_store
+    from recllm.mllm.vision.of_dataset import open_visual_store
     from recllm.training.folder import RunFolder
     from recllm.training.options import SFTOptions
     from recllm.training.rows import training_rows

@@ -27,12 +27,12 @@ from recllm.builders.instruction_rows import request_of
 from recllm.files import write_json
 from recllm.mllm import tokens
 from recllm.mllm.chat import Request
-from recllm.mllm.images import image_size
 from recllm.mllm.loading import load
 from recllm.mllm.rendering import expand
 from recllm.mllm.scoring.prompts import PromptReader, group_rows, image_sizes, messages_of, units_of
 from recllm.mllm.scoring.tables import unit_reader
-from recllm.runs import describe_machine, describe_run
+from recllm.mllm.vision.images import image_size
+from recllm.runs.provenance import describe_machine, describe_run
 from recllm.training.conversations import ConversationEncoder
 
 RESULTS = Path(__file__).parent.parent / "results" / "tokens.json"

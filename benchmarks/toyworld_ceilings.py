@@ -22,7 +22,7 @@ from recllm.data.toyworld import OBSERVERS, Parameters, generate, observer_score
 from recllm.evaluation.metrics import compute_metrics
 from recllm.evaluation.ranks import rank_candidates
 from recllm.files import write_json
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 METRICS = ("auc", "hr@1", "hr@10", "ndcg@10", "mrr")
 

@@ -25,7 +25,7 @@ from recllm.evaluation.metrics import compute_metrics
 from recllm.evaluation.ranks import rank_candidates
 from recllm.files import read_json, write_json
 from recllm.recipe_files import recipe_path
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("auc", "hr@1", "hr@10", "ndcg@10", "mrr")

@@ -35,9 +35,9 @@ from transformers import (
 from recllm.files import write_json
 from recllm.mllm.loading import LoadedModel
 from recllm.mllm.rendering import encode_expanded, expand, to_model
-from recllm.mllm.token_budget import ImageTokens
-from recllm.mllm.visual_store import build_visual_store
-from recllm.runs import describe_machine, describe_run
+from recllm.mllm.vision.store import build_visual_store
+from recllm.mllm.vision.token_budget import ImageTokens
+from recllm.runs.provenance import describe_machine, describe_run
 
 RESULTS = Path(__file__).parent.parent / "results" / "visual_store.json"
 SMOKE = "--smoke" in sys.argv

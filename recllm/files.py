@@ -18,6 +18,8 @@ from typing import Any
 
 from recllm.errors import BusyError, DataError
 
+MANIFEST = "manifest.json"
+"""The name of the file that says what a folder holds."""
 DATASET = "dataset"
 """The kind of a dataset's folder, whose manifest has a `format` instead."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

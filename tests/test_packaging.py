@@ -16,16 +16,17 @@ import recllm
 ROOT = Path(__file__).parents[1]
 # Each room of the house, and the rooms that it may import from.
 ROOMS = {
-    "data": (),
+    "runs": (),
+    "prompts": (),
+    "data": ("runs",),
     "evaluation": ("data",),
     "graphs": ("data",),
-    "rankers": ("data", "evaluation", "graphs", "mllm", "retrieval"),
-    "prompts": (),
-    "mllm": ("data", "prompts"),
+    "mllm": ("data", "prompts", "runs"),
+    "rankers": ("data", "evaluation", "graphs", "mllm", "retrieval", "runs"),
     "retrieval": ("data", "evaluation", "mllm"),
-    "builders": ("data", "prompts", "mllm", "retrieval"),
-    "training": ("data", "evaluation", "prompts", "mllm", "builders"),
-    "report": ("data", "evaluation"),
+    "builders": ("data", "evaluation", "prompts", "mllm", "runs"),
+    "training": ("data", "evaluation", "prompts", "mllm", "builders", "runs"),
+    "report": ("data", "evaluation", "runs"),
 }
 
 

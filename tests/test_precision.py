@@ -72,7 +72,7 @@ def test_mixed_precision_is_refused_where_nothing_has_it(without: None) -> None:
 
 def test_an_avx2_cpu_is_recognized() -> None:
     program = (
-        "from recllm.precision import *; from recllm.runs import describe_machine\n"
+        "from recllm.precision import *; from recllm.runs.provenance import describe_machine\n"
         "print(cpu_has_bfloat16(), vector_instructions(), describe_machine())"
     )
     told = subprocess.run(

@@ -10,7 +10,7 @@ import polars as pl
 
 from recllm.data.dataset import Dataset
 from recllm.errors import DataError
-from recllm.mllm.images import ImageError, load_image
+from recllm.mllm.vision.images import ImageError, load_image
 from recllm.prompts.safe_text import safe_text
 
 TITLE_LIMIT, TEXT_LIMIT, CATEGORIES_LIMIT, PROFILE_LIMIT, ID_LIMIT = 300, 2000, 300, 1000, 100

@@ -11,9 +11,10 @@ import numpy as np
 from recllm.builders.catalog import ID_LIMIT, PROFILE_LIMIT, Catalog, numbered
 from recllm.builders.histories import History
 from recllm.builders.options import InstructionOptions
-from recllm.builders.preferences import ItemTexts, Summary
+from recllm.builders.preferences import Summary
 from recllm.data.dataset import Dataset
 from recllm.data.dislikes import read_ratings
+from recllm.data.texts import ItemTexts
 from recllm.errors import DataError
 from recllm.mllm.chat import Message, hash_of_messages, message
 from recllm.prompts.safe_text import IMAGE_MARK

@@ -14,12 +14,11 @@ import numpy as np
 from recllm.builders.chats import rated, told_ratings, window_prompt
 from recllm.builders.histories import Histories, windows
 from recllm.builders.options import UserOptions
-from recllm.builders.preferences import ItemTexts
 from recllm.builders.session import Session
-from recllm.builders.texts import text_path
+from recllm.data.texts import ItemTexts, text_path
 from recllm.mllm.chat import Request, message
 from recllm.mllm.generation.run import Counts, Generated
-from recllm.mllm.ranks import rank
+from recllm.processes import rank
 from recllm.progress import Progress
 from recllm.prompts.templates import Template
 

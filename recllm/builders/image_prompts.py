@@ -11,9 +11,10 @@ import polars as pl
 from recllm.builders.catalog import Catalog
 from recllm.builders.histories import training_reviews
 from recllm.builders.options import ImagePromptOptions, check_least, check_plain
-from recllm.builders.texts import check_free, describe_template, text_path
+from recllm.builders.texts import check_free, describe_template
 from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
+from recllm.data.texts import text_path
 from recllm.files import write_file
 from recllm.prompts import TEMPLATES
 from recllm.prompts.reveal import INITIAL, review_keywords

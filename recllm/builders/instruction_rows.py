@@ -24,10 +24,10 @@ from recllm.data.candidate_files import Candidates, read_candidates
 from recllm.data.splits import Split
 from recllm.data.tables import describe
 from recllm.errors import DataError
+from recllm.evaluation.top_k import TopK
 from recllm.mllm.chat import IMAGE_PART, Request, message
-from recllm.mllm.images import resolve_image
-from recllm.mllm.token_budget import BudgetError
-from recllm.retrieval.top_k import TopK
+from recllm.mllm.vision.images import resolve_image
+from recllm.mllm.vision.token_budget import BudgetError
 
 _MESSAGES = pl.List(
     pl.Struct({"role": pl.String, "content": pl.List(pl.Struct({"type": pl.String, "text": pl.String}))})

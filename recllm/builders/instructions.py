@@ -30,17 +30,18 @@ from recllm.builders.chats import Chat, Composer, told_ratings
 from recllm.builders.instruction_rows import InstructionBuilder, write_rows
 from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions, check_least, check_parts, check_plain
-from recllm.builders.preferences import ItemTexts, Preferences
+from recllm.builders.preferences import Preferences
 from recllm.builders.prompt_length import PromptLength
-from recllm.builders.texts import describe_template, text_path
+from recllm.builders.texts import describe_template
 from recllm.data.dataset import Dataset, describe_file
 from recllm.data.splits import Split
+from recllm.data.texts import ItemTexts, text_path
 from recllm.errors import DataError
-from recllm.files import staged_folder, write_json
+from recllm.evaluation.top_k import TopK
+from recllm.files import MANIFEST, staged_folder, write_json
 from recllm.prompts import TEMPLATES
 from recllm.prompts.templates import Template, load_templates
-from recllm.retrieval.top_k import TopK
-from recllm.runs import describe_run
+from recllm.runs.provenance import describe_run
 
 _SHOWN = 2  # rows that a dry run prints
 _NAMED = 1000  # unusable images that a manifest names
@@ -104,7 +105,7 @@ def build_instructions(options: InstructionOptions) -> None:
             "files": {path.name: describe_file(path) for path in sorted(staging.glob("*.parquet"))},
             "run": describe_run(),
         }
-        write_json(staging / "manifest.json", manifest)
+        write_json(staging / MANIFEST, manifest)
     for builder in builders:
         counts = builder.counts
         print(

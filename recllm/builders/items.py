@@ -14,7 +14,7 @@ from recllm.builders.session import Session
 from recllm.errors import DataError
 from recllm.files import write_file
 from recllm.mllm.chat import Request, Result, message
-from recllm.mllm.ranks import rank
+from recllm.processes import rank
 from recllm.prompts.keywords import read_keywords
 from recllm.prompts.safe_text import IMAGE_MARK, safe_text
 from recllm.prompts.templates import Template

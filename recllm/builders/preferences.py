@@ -10,65 +10,11 @@ from typing import Any
 
 import polars as pl
 
-from recllm.builders.texts import near_texts
-from recllm.data.dataset import Dataset
 from recllm.data.origins import Origin, check_same_origin
 from recllm.data.splits import Split
+from recllm.data.texts import near_texts, read_texts
 from recllm.errors import DataError
 from recllm.files import sha256
-from recllm.mllm.texts import read_texts
-
-
-@dataclass(frozen=True)
-class ItemTexts:
-    """What a model wrote of the items.
-
-    Attributes:
-        name: The file's name without its suffix.
-        sha256: Hash of the file.
-        texts: One for each item code, empty where the file has none.
-        prompt_hashes: The prompt of each; empty where there is none.
-        special_tokens: Those of the model that wrote them.
-    """
-
-    name: str
-    sha256: str
-    texts: Sequence[str]
-    prompt_hashes: Sequence[str]
-    special_tokens: tuple[str, ...]
-
-    @classmethod
-    def open(cls, folder: Path, name: str, dataset: Dataset, made_by: str) -> ItemTexts:
-        """Reads DATASET/texts/<name>.parquet.
-
-        Args:
-            folder: The dataset folder.
-            name: The file's name without its suffix.
-            dataset: The dataset.
-            made_by: The command that makes such a file, for the error.
-
-        Raises:
-            DataError: The file is missing, or was made from another state of the dataset.
-        """
-        path = folder / "texts" / f"{name}.parquet"
-        if not path.exists():
-            raise DataError(f"{path} does not exist{near_texts(path)}; write it first: {made_by}")
-        table, metadata = read_texts(path)
-        made_from = Origin.of_manifest(path, metadata)
-        check_same_origin(made_from, dataset.origin, remedy="make it again", required=("dataset",))
-        told = dataset.items.select("item").join(
-            table.select("text", "prompt_hash", item="id"), on="item", how="left", maintain_order="left"
-        )
-        texts, hashes = (told[column].fill_null("").to_list() for column in ("text", "prompt_hash"))
-        return cls(name, sha256(path), texts, hashes, tuple(metadata.get("special_tokens", ())))
-
-    def tell_missing(self) -> None:
-        """Prints how many items have no text in the file; title and description stand in for it."""
-        if missing := sum(not text for text in self.texts):
-            print(
-                f"{self.name}: {missing:,} of {len(self.texts):,} items have no text in it; their title, "
-                "categories and description are used"
-            )
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from recllm.builders.chats import Chat
 from recllm.mllm.chat import Request
-from recllm.mllm.images import image_size
 from recllm.mllm.rendering import count_tokens, expand, render
+from recllm.mllm.vision.images import image_size
 
 
 class PromptLength:

@@ -12,16 +12,18 @@ from typing import Any
 
 from recllm.builders.catalog import Catalog
 from recllm.builders.options import ModelOptions, check_least, check_plain
-from recllm.builders.texts import check_free, describe_template, text_path
+from recllm.builders.texts import check_free, describe_template
 from recllm.builders.unused import check_used
 from recllm.data.dataset import Dataset
 from recllm.data.image_hashes import ImageHashes
+from recllm.data.texts import text_path
 from recllm.errors import DataError
+from recllm.files import MANIFEST
 from recllm.mllm.chat import Backend, Decoding, Request, Result
 from recllm.mllm.generation.run import Generated, generate
-from recllm.mllm.ranks import rank
+from recllm.mllm.generation.texts import write_texts
 from recllm.mllm.store import GenerationStore, request_key
-from recllm.mllm.texts import write_texts
+from recllm.processes import rank
 from recllm.prompts import TEMPLATES
 from recllm.prompts.templates import Template, load_templates
 
@@ -193,7 +195,7 @@ class Session:
             with contextlib.suppress(OSError):  # an unreadable image: the run names it
                 keys.add(request_key(self.backend.identity, decoding, request, hashes))
         done = 0
-        if (self.store_folder / "manifest.json").exists():
+        if (self.store_folder / MANIFEST).exists():
             done = sum(self.store.get(key) is not None for key in keys)
         count = len(looked_at) + sum(1 for _ in requests) if total is None else total
         waiting = count * (len(keys) - done) / len(looked_at)

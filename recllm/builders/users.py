@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from recllm.builders.drift import drift_path, follow_drift
 from recllm.builders.histories import Histories, History, windows
 from recllm.builders.options import UserOptions, check_least, check_parts, check_plain
-from recllm.builders.preferences import ItemTexts
 from recllm.builders.session import Session
 from recllm.builders.texts import check_free
 from recllm.data.splits import Split
+from recllm.data.texts import ItemTexts
 from recllm.data.user_histories import training_before_held_out
 from recllm.errors import DataError
 from recllm.mllm.chat import Request, message
-from recllm.mllm.ranks import rank
+from recllm.processes import rank
 from recllm.prompts.templates import Template
 
 PREFERENCE_TOKENS = 160

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from recllm.data.dataset import MANIFEST, describe_file
+from recllm.data.dataset import describe_file
 from recllm.data.origins import Origin, check_same_origin
 from recllm.data.tables import describe, read_table, text_ids
 from recllm.errors import DataError
-from recllm.files import read_json
+from recllm.files import MANIFEST, read_json
 
 if TYPE_CHECKING:
     from recllm.data.splits import Split

@@ -24,12 +24,12 @@ import polars as pl
 from tyro.conf import Positional, arg
 
 from recllm.data.candidate_files import candidate_metadata
-from recllm.data.dataset import MANIFEST, describe_file
+from recllm.data.dataset import describe_file
 from recllm.data.derived import refuse_derived
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
-from recllm.files import staged_folder, write_json
-from recllm.runs import describe_run
+from recllm.files import MANIFEST, staged_folder, write_json
+from recllm.runs.provenance import describe_run
 
 Mask = Literal["seen", "train", "none"]
 _BLOCK = 1 << 22  # numbers drawn at a time

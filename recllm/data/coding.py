@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import polars as pl
 
+from recllm.errors import DataError
+
 UNKNOWN = -1
 
 
@@ -36,3 +38,20 @@ def recode(codes: np.ndarray, kept: np.ndarray) -> np.ndarray:
         kept: True for each row of the table that stays; shape [table].
     """
     return (np.cumsum(kept, dtype=np.int32) - 1)[codes]
+
+
+def codes_of(ids: pl.Series, known: pl.Series, what: str) -> np.ndarray:
+    """Returns the place of each id of candidates among the `known` ones; int64.
+
+    Raises:
+        DataError: One is not there; the message names its row.
+    """
+    codes = pl.DataFrame({"id": ids.cast(pl.String)}).join(
+        pl.DataFrame({"id": known}).with_row_index("code"), on="id", how="left", maintain_order="left"
+    )["code"]
+    if codes.null_count():
+        row = codes.is_null().arg_max()
+        raise DataError(
+            f"candidates: row {row}: no {what} {ids[row]!r} in the dataset; make the candidates again"
+        )
+    return codes.to_numpy().astype(np.int64)

@@ -19,11 +19,10 @@ from recllm.data.derived import dataset_folder
 from recllm.data.image_files import check_image_paths
 from recllm.data.origins import Origin
 from recllm.errors import DataError
-from recllm.files import read_json, sha256, write_json
-from recllm.runs import describe_run
+from recllm.files import MANIFEST, read_json, sha256, write_json
+from recllm.runs.provenance import describe_run
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 NO_TIME = np.iinfo(np.int64).min
 
 

@@ -26,10 +26,10 @@ from recllm.data.checked import CHECKED
 from recllm.data.image_hashes import CACHE as IMAGE_HASHES
 from recllm.data.schema import TABLES
 from recllm.errors import DataError
-from recllm.files import DATASET, staged_folder
+from recllm.files import DATASET, MANIFEST, staged_folder
 
 CONTENT_ADDRESSED = ("embeddings", "generations", "visual")
-_OF_A_DATASET = (*(f"{name}.parquet" for name in TABLES), "manifest.json", "images", "truth")
+_OF_A_DATASET = (*(f"{name}.parquet" for name in TABLES), MANIFEST, "images", "truth")
 _NAMED = 12
 _IGNORED = (CHECKED, IMAGE_HASHES, ".DS_Store", "Thumbs.db")
 

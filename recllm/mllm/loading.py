@@ -14,11 +14,11 @@ from recllm.errors import DataError
 from recllm.mllm.checkpoints import Checkpoint, check_architecture, check_model_folder, find_checkpoint
 from recllm.mllm.fingerprint import fingerprint
 from recllm.mllm.processor import check_expands, forward_names, has_pixel_budget
-from recllm.mllm.ranks import local_rank
 from recllm.precision import computed_in, has_bfloat16, warn_if_emulated
+from recllm.processes import local_rank
 
 if TYPE_CHECKING:
-    from recllm.mllm.token_budget import ImageTokens
+    from recllm.mllm.vision.token_budget import ImageTokens
 
 DEFAULT_MAX_PIXELS = 200_704
 """Pixels of an image unless asked otherwise: 256 tokens of 28 x 28. Qwen2-VL's own bound of 12.8 million, or
@@ -141,7 +141,7 @@ class LoadedModel:
     @cached_property
     def images(self) -> ImageTokens:
         """Decodes image files to the processor's size and counts their tokens."""
-        from recllm.mllm.token_budget import ImageTokens
+        from recllm.mllm.vision.token_budget import ImageTokens
 
         return ImageTokens(self.processor)
 
@@ -277,7 +277,7 @@ def read_processor(folder: Path, min_pixels: int | None, max_pixels: int | None)
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    from recllm.mllm.token_budget import image_settings
+    from recllm.mllm.vision.token_budget import image_settings
 
     if max_pixels is None and (pixel_budget(processor)["max_pixels"] or 0) > DEFAULT_MAX_PIXELS:
         max_pixels = max(DEFAULT_MAX_PIXELS, min_pixels or 0)

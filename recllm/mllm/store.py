@@ -23,7 +23,7 @@ import numpy as np
 import orjson
 
 from recllm.errors import DataError
-from recllm.files import read_json, write_file, write_json
+from recllm.files import MANIFEST, read_json, write_file, write_json
 from recllm.mllm.chat import Decoding, Request, Result
 from recllm.mllm.store_index import ABSENT, Index, is_success, place_of, unpack
 from recllm.mllm.store_shards import (
@@ -97,7 +97,7 @@ class GenerationStore:
             DataError: The folder is not a store, is of a newer version, or has a damaged line.
         """
         folder = Path(folder)
-        manifest = folder / "manifest.json"
+        manifest = folder / MANIFEST
         if create and not manifest.exists():
             _make(folder, manifest)
         content = read_json(manifest, "a generation store")

@@ -14,7 +14,7 @@ import orjson
 from tyro.conf import Positional, arg
 
 from recllm.errors import DataError
-from recllm.files import write_file
+from recllm.files import MANIFEST, write_file
 from recllm.mllm.store import GenerationStore
 from recllm.mllm.store_shards import iterate_lines, repair_shard, shard_numbers, shard_path
 
@@ -103,7 +103,7 @@ def verify(options: VerifyOptions) -> None:
         DataError: Lines are damaged and were not moved away.
     """
     store = GenerationStore(options.store)
-    if not (store.folder / "manifest.json").is_file():
+    if not (store.folder / MANIFEST).is_file():
         raise DataError(f"{store.folder} is not a generation store: it has no manifest.json.")
     damaged: dict[Path, list[int]] = {}
     keys = bytearray()

@@ -12,24 +12,24 @@ from typing import Any
 from recllm.errors import DataError
 
 RANKERS: dict[str, tuple[str, str]] = {
-    "sasrec": ("recllm.rankers.sasrec", "SASRec"),
-    "bert4rec": ("recllm.rankers.bert4rec", "BERT4Rec"),
-    "gru4rec": ("recllm.rankers.gru4rec", "GRU4Rec"),
-    "stosa": ("recllm.rankers.stosa", "STOSA"),
-    "unisrec": ("recllm.rankers.unisrec", "UniSRec"),
-    "missrec": ("recllm.rankers.missrec", "MISSRec"),
-    "m3srec": ("recllm.rankers.m3srec", "M3SRec"),
-    "stosa_m3": ("recllm.rankers.stosa_m3", "STOSAM3"),
-    "hm4sr": ("recllm.rankers.hm4sr", "HM4SR"),
-    "mmsr": ("recllm.rankers.mmsr", "MMSR"),
-    "mmsbr": ("recllm.rankers.mmsbr", "MMSBR"),
-    "bpr": ("recllm.rankers.bpr", "BPR"),
-    "vbpr": ("recllm.rankers.vbpr", "VBPR"),
-    "lightgcn": ("recllm.rankers.lightgcn", "LightGCN"),
-    "mmgcn": ("recllm.rankers.mmgcn", "MMGCN"),
-    "lattice": ("recllm.rankers.lattice", "LATTICE"),
-    "freedom": ("recllm.rankers.freedom", "FREEDOM"),
-    "smore": ("recllm.rankers.smore", "SMORE"),
+    "sasrec": ("recllm.rankers.models.sasrec", "SASRec"),
+    "bert4rec": ("recllm.rankers.models.bert4rec", "BERT4Rec"),
+    "gru4rec": ("recllm.rankers.models.gru4rec", "GRU4Rec"),
+    "stosa": ("recllm.rankers.models.stosa", "STOSA"),
+    "unisrec": ("recllm.rankers.models.unisrec", "UniSRec"),
+    "missrec": ("recllm.rankers.models.missrec", "MISSRec"),
+    "m3srec": ("recllm.rankers.models.m3srec", "M3SRec"),
+    "stosa_m3": ("recllm.rankers.models.stosa_m3", "STOSAM3"),
+    "hm4sr": ("recllm.rankers.models.hm4sr", "HM4SR"),
+    "mmsr": ("recllm.rankers.models.mmsr", "MMSR"),
+    "mmsbr": ("recllm.rankers.models.mmsbr", "MMSBR"),
+    "bpr": ("recllm.rankers.models.bpr", "BPR"),
+    "vbpr": ("recllm.rankers.models.vbpr", "VBPR"),
+    "lightgcn": ("recllm.rankers.models.lightgcn", "LightGCN"),
+    "mmgcn": ("recllm.rankers.models.mmgcn", "MMGCN"),
+    "lattice": ("recllm.rankers.models.lattice", "LATTICE"),
+    "freedom": ("recllm.rankers.models.freedom", "FREEDOM"),
+    "smore": ("recllm.rankers.models.smore", "SMORE"),
 }
 """The trained rankers: name -> (module, class)."""
 
@@ -51,7 +51,7 @@ def ranker_class(name: str) -> Any:
 
 def __getattr__(name: str) -> Any:
     if name == "Popularity":
-        return importlib.import_module("recllm.rankers.popularity").Popularity
+        return importlib.import_module("recllm.rankers.models.popularity").Popularity
     for module, attribute in RANKERS.values():
         if attribute == name:
             return getattr(importlib.import_module(module), attribute)

@@ -11,8 +11,8 @@ from tyro.conf import Positional, arg
 from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.data.splits import Split
-from recllm.rankers.popularity import Popularity
-from recllm.retrieval.score_files import ScoreFiles
+from recllm.evaluation.score_files import ScoreFiles
+from recllm.rankers.models.popularity import Popularity
 
 
 @dataclass

@@ -76,8 +76,8 @@ def text_features(
     """
     if _is_file(source):
         return read_features(dataset, Path(source), order=order)
+    from recllm.data.texts import item_texts
     from recllm.mllm.embedding import find_encoder, stored_embeddings
-    from recllm.retrieval.item_texts import item_texts
 
     found = find_encoder(encoder)
     folder = dataset.folder / "embeddings" / f"{source}-{found.fingerprint[:12]}"
@@ -106,9 +106,9 @@ def image_features(
     """
     if _is_file(source):
         return read_features(dataset, Path(source), order=order)
-    from recllm.mllm.images import resolve_image
     from recllm.mllm.loading import load
-    from recllm.mllm.visual_folder import open_visual_store
+    from recllm.mllm.vision.images import resolve_image
+    from recllm.mllm.vision.of_dataset import open_visual_store
 
     loaded = load(source, max_pixels=max_pixels)
     store = open_visual_store("auto", loaded, dataset.folder, required=True, together=False)

@@ -25,7 +25,6 @@ from recllm.data.candidates import FullRanking, full_ranking
 from recllm.data.splits import Split
 from recllm.errors import DataError
 from recllm.evaluation import compute_metrics, rank_catalog
-from recllm.journal import Journal
 from recllm.rankers.batches import Batch, Epochs
 from recllm.rankers.criteria import BLOCK, Criterion, Loss
 from recllm.rankers.launching import check_launch, check_precision
@@ -33,6 +32,7 @@ from recllm.rankers.ranker import Ranker
 from recllm.rankers.ranking import UserStates, check_users_are_served, some_lists
 from recllm.rankers.saving import RunState, load_state, save_ranker, save_state
 from recllm.rankers.training_data import TrainingData
+from recllm.runs.log import Journal
 
 METRICS = ("recall@10", "ndcg@10", "recall@20", "ndcg@20")
 LOG = "log.jsonl"

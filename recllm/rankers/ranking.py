@@ -19,6 +19,7 @@ from scipy import sparse
 from torch import Tensor
 
 from recllm.data.candidates import FullRanking
+from recllm.data.coding import codes_of
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
 from recllm.graphs.propagation import interaction_matrix
@@ -26,7 +27,6 @@ from recllm.rankers import RANKERS, ranker_class
 from recllm.rankers.batches import history_batch
 from recllm.rankers.ranker import PairRanker, Ranker, SequenceRanker
 from recllm.rankers.training_data import Histories, TrainingData
-from recllm.retrieval.profiles import codes_of
 
 ROWS = 1024  # histories that are read at a time
 _SCORES = 2**22  # scores that are held at a time where they are no inner products

@@ -13,8 +13,8 @@ from typing import Any, BinaryIO
 from recllm.data.origins import Origin, check_same_origin
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import BusyError, DataError
-from recllm.files import read_json, refuse_nested, staged_folder, write_json
-from recllm.mllm.ranks import rank, sum_over_ranks
+from recllm.files import MANIFEST, read_json, refuse_nested, staged_folder, write_json
+from recllm.processes import rank, sum_over_ranks
 from recllm.rankers import ranker_class
 from recllm.rankers.feature_order import needs_order
 from recllm.rankers.features import Features, image_features, text_features
@@ -25,10 +25,10 @@ from recllm.rankers.ranker import PairRanker, Ranker, check_needs
 from recllm.rankers.ranking import check_users_are_served
 from recllm.rankers.saving import LAST, load_weights
 from recllm.rankers.training_data import TrainingData
-from recllm.runs import describe_run
+from recllm.runs.provenance import describe_run
 
 KIND = "ranker run"
-MANIFEST, METRICS = "manifest.json", "metrics.json"
+METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from recllm.errors import DataError
-from recllm.files import read_json, staged_folder, write_file, write_json
+from recllm.files import MANIFEST, read_json, staged_folder, write_file, write_json
 from recllm.rankers.ranker import Ranker
 
 MODEL, LAST, STATE = "model.safetensors", "last", "state.safetensors"
@@ -78,14 +78,14 @@ def save_state(folder: Path, ranker: Ranker, optimizer: torch.optim.Optimizer, s
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with staged_folder(folder / LAST, kind=_STATE_KIND, overwrite=True) as staging:
         save_file(tensors, staging / STATE)
-        write_json(staging / "manifest.json", {"kind": _STATE_KIND, **asdict(state)})
+        write_json(staging / MANIFEST, {"kind": _STATE_KIND, **asdict(state)})
 
 
 def load_state(folder: Path, ranker: Ranker, optimizer: torch.optim.Optimizer) -> RunState:
     """Reads a state into a ranker and its optimizer; a new one where nothing has been saved yet."""
-    if not (folder / LAST / "manifest.json").is_file():
+    if not (folder / LAST / MANIFEST).is_file():
         return RunState()
-    told = read_json(folder / LAST / "manifest.json", "the state of a run")
+    told = read_json(folder / LAST / MANIFEST, "the state of a run")
     path = folder / LAST / STATE
     tensors = _read(path)
     weights = {name[7:]: value for name, value in tensors.items() if name.startswith("ranker.")}

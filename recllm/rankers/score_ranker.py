@@ -13,7 +13,7 @@ from recllm.data.candidate_files import read_candidates
 from recllm.data.candidates import Mask, full_ranking
 from recllm.evaluation.coverage import Pool
 from recllm.evaluation.full_ranking import Scores
-from recllm.retrieval.score_files import ScoreFiles, check_pool
+from recllm.evaluation.score_files import ScoreFiles, check_pool
 
 
 @dataclass

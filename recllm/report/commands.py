@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from recllm.data.dataset import MANIFEST
 from recllm.evaluation import tables
 from recllm.evaluation.commands import report_table
 from recllm.evaluation.inputs import stem
-from recllm.files import staged_folder, write_json
+from recllm.files import MANIFEST, staged_folder, write_json
 from recllm.report import page, pooled, results
 from recllm.report.examples import examples_section
 from recllm.report.facts import data_section, making_section, protocol_section, sources_section
@@ -18,7 +17,7 @@ from recllm.report.ledger import Ledger
 from recllm.report.options import ReportOptions
 from recllm.report.text import clean, escape, plural, shown_names
 from recllm.report.training import training_section
-from recllm.runs import describe_run
+from recllm.runs.provenance import describe_run
 
 KIND = "report"
 

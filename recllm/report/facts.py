@@ -6,14 +6,14 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from recllm.data.dataset import MANIFEST
+from recllm.files import MANIFEST
 from recllm.report import page
 from recllm.report.inputs import Inputs
 from recllm.report.ledger import Ledger
 from recllm.report.page import Section
 from recllm.report.protocols import explain
 from recllm.report.text import escape, inline
-from recllm.runs import describe_machine, describe_run
+from recllm.runs.provenance import describe_machine, describe_run
 
 _LINES = 24  # facts that a nested manifest may fill
 

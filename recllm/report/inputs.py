@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from recllm.data.candidate_files import Candidates
-from recllm.data.dataset import MANIFEST, Dataset
+from recllm.data.dataset import Dataset
 from recllm.data.instructions import open_part
 from recllm.data.origins import Origin, check_same_origin
 from recllm.data.splits import Split
@@ -20,9 +20,9 @@ from recllm.errors import DataError
 from recllm.evaluation.inputs import System, read_system, read_systems
 from recllm.evaluation.ranks import check_one_setting
 from recllm.evaluation.significance import check_same_records
-from recllm.files import read_json
+from recllm.files import MANIFEST, read_json
 from recllm.report.options import ReportOptions
-from recllm.report.runs import Run, read_run
+from recllm.runs.reading import Run, read_run
 
 
 @dataclass(frozen=True, eq=False)

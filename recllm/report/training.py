@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from recllm.data.dataset import MANIFEST
+from recllm.files import MANIFEST
 from recllm.report import page, plots
 from recllm.report.inputs import Inputs
 from recllm.report.ledger import Ledger
 from recllm.report.page import Section
-from recllm.report.runs import Run, finite
 from recllm.report.text import clean, escape, inline
+from recllm.runs.reading import Run, finite
 
 _LOSSES = (("loss", "training"), ("eval_loss", "validation"), ("valid_loss", "validation"))
 _RANKING = (("valid_auc", "AUC"), ("valid_ndcg@10", "NDCG@10"))

@@ -17,8 +17,8 @@ from recllm.errors import DataError
 from recllm.evaluation.coverage import Pool
 from recllm.evaluation.inputs import stem
 from recllm.evaluation.ranks import RankRecords
+from recllm.evaluation.score_files import ScoreFiles, check_absent, check_pool, check_word
 from recllm.files import sha256
-from recllm.retrieval.score_files import ScoreFiles, check_absent, check_pool, check_word
 
 
 @dataclass
@@ -83,8 +83,8 @@ def profile(options: ProfileOptions) -> Path:
     Raises:
         DataError: The split, the texts or the encoder are missing, or a file exists.
     """
+    from recllm.data.texts import item_texts
     from recllm.mllm.embedding import find_encoder, stored_embeddings
-    from recllm.retrieval.item_texts import item_texts
     from recllm.retrieval.profiles import MeanProfiles
 
     check_word("--texts", options.texts)
@@ -126,11 +126,11 @@ def rerank(options: RerankOptions) -> Path:
     """Writes the rank records of the combined ranking, and returns the file.
 
     Raises:
-        DataError: As `recllm.retrieval.rerank.rerank`; or the file exists, or is one of those to be read.
+        DataError: As `recllm.evaluation.rerank.rerank`; or the file exists, or is one of those to be read.
     """
-    from recllm.retrieval.rerank import rerank as combine
-    from recllm.retrieval.rerank import share_listed
-    from recllm.retrieval.top_k import TopK
+    from recllm.evaluation.rerank import rerank as combine
+    from recllm.evaluation.rerank import share_listed
+    from recllm.evaluation.top_k import TopK
 
     check_absent(options.out, overwrite=options.overwrite)
     read = (options.first_ranks, options.top_k, options.scores)

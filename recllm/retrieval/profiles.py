@@ -16,6 +16,7 @@ import numpy as np
 import polars as pl
 from scipy import sparse
 
+from recllm.data.coding import codes_of
 from recllm.data.splits import HeldOut, Split
 from recllm.data.user_histories import UserHistories
 from recllm.errors import DataError
@@ -135,20 +136,3 @@ class MeanProfiles:
         begin = self._histories.offsets[users]
         counts = self._before[begin + known] - self._before[begin]
         return np.minimum(counts, self._history) if self._history else counts
-
-
-def codes_of(ids: pl.Series, known: pl.Series, what: str) -> np.ndarray:
-    """Returns the place of each id of candidates among the `known` ones; int64.
-
-    Raises:
-        DataError: One is not there; the message names its row.
-    """
-    codes = pl.DataFrame({"id": ids.cast(pl.String)}).join(
-        pl.DataFrame({"id": known}).with_row_index("code"), on="id", how="left", maintain_order="left"
-    )["code"]
-    if codes.null_count():
-        row = codes.is_null().arg_max()
-        raise DataError(
-            f"candidates: row {row}: no {what} {ids[row]!r} in the dataset; make the candidates again"
-        )
-    return codes.to_numpy().astype(np.int64)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from recllm.errors import DataError
-from recllm.files import read_json, write_file
+from recllm.files import MANIFEST, read_json, write_file
 
 _METHODS = {
     "qlora": "QLoRA: LoRA on a language model in 4 bits (NF4, double quantization)",
@@ -37,7 +37,7 @@ def write_card(run: Path) -> None:
     Raises:
         DataError: One of the two files is missing or is not a run's.
     """
-    manifest = read_json(run / "manifest.json", "a run's folder")
+    manifest = read_json(run / MANIFEST, "a run's folder")
     metrics = read_json(run / "metrics.json", "a run's folder")
     try:
         text = _front_matter(manifest) + "\n".join(_sections(run, manifest, metrics))

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from recllm.errors import DataError
-from recllm.mllm.images import ImageError
 from recllm.mllm.processor import Picture, count_tokens, join, prepare, token_kinds
 from recllm.mllm.rendering import encode_expanded, expand
+from recllm.mllm.vision.images import ImageError
 from recllm.training.packing import BLANK, IGNORED, group_alone, groups_of, pack
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
 
 IMAGE_KEYS = "image_keys"
 """Where a batch names its images in the visual store; the trainer puts their stored tokens in its place."""
@@ -35,7 +35,7 @@ class Collator:
             tower's weights from all ranks whenever one of them runs it, and DDP waits for a gradient of each
             trained weight; on a rank that passes the tower by, both would wait for ever. Ours.
         share_prefixes: Pack a batch into one row, where neighbors of one `group` share what their prompts
-            begin with; see `recllm.mllm.scoring.attention`. Ours.
+            begin with; see `recllm.mllm.prefix.attention`. Ours.
     """
 
     def __init__(

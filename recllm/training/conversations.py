@@ -11,11 +11,11 @@ import numpy as np
 
 from recllm.errors import DataError
 from recllm.mllm.chat import Request
-from recllm.mllm.image_slots import ImageSlots
-from recllm.mllm.images import ImageError, image_size, resolve_image
 from recllm.mllm.rendering import apply_template, render_tokens, token_array
 from recllm.mllm.scoring.prompts import messages_of
 from recllm.mllm.tokens import part_tokenizer
+from recllm.mllm.vision.images import ImageError, image_size, resolve_image
+from recllm.mllm.vision.slots import ImageSlots
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel

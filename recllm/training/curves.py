@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from recllm.errors import DataError
 from recllm.files import read_json, write_file
-from recllm.journal import read_log
+from recllm.runs.log import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

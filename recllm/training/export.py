@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from recllm.errors import DataError
-from recllm.files import read_json, sha256, staged_folder, write_json
-from recllm.runs import describe_run
+from recllm.files import MANIFEST, read_json, sha256, staged_folder, write_json
+from recllm.runs.provenance import describe_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -138,7 +138,7 @@ def export(options: ExportOptions) -> None:
             if what in checks:
                 print(f"{comparison}: {checks[what]}")
         _check(options, settings["method"], checks)
-        write_json(staging / "manifest.json", _manifest(options, manifest, checks))
+        write_json(staging / MANIFEST, _manifest(options, manifest, checks))
     print(f"{options.out}: a model in {options.dtype}, for `load({str(options.out)!r})` or transformers")
     if options.push_to_hub is not None:
         from recllm.training.hub import push_folder
@@ -152,7 +152,7 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         DataError: The folder is not a run's, or its training has not ended.
     """
-    manifest = read_json(run / "manifest.json", "a run's folder")
+    manifest = read_json(run / MANIFEST, "a run's folder")
     if manifest.get("kind") != "sft run":
         raise DataError(
             f"{run}: a {manifest.get('kind') or 'folder of another kind'}, not a run of recipes/sft.py"

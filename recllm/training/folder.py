@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from recllm.data.instructions import InstructionPart, check_trained_on, open_part
 from recllm.data.origins import Origin, check_same_origin
 from recllm.errors import BusyError, DataError
-from recllm.files import read_json, refuse_nested, write_file, write_json
-from recllm.journal import read_log
-from recllm.mllm.ranks import rank, sum_over_ranks, world_size
-from recllm.runs import describe_run
+from recllm.files import MANIFEST, read_json, refuse_nested, write_file, write_json
+from recllm.processes import rank, sum_over_ranks, world_size
+from recllm.runs.log import read_log
+from recllm.runs.provenance import describe_run
 from recllm.training.checkpoints import complete_checkpoints, is_complete, step_of
 from recllm.training.options import SFTOptions
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from recllm.training.sft import TrainableModel, TrainingData
     from recllm.training.trainer import RecSFTTrainer
 
-MANIFEST = "manifest.json"
 KIND = "sft run"
 LOCK = ".lock"
 _KEPT = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of the best checkpoint

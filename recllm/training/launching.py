@@ -13,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from recllm.errors import DataError
-from recllm.mllm.ranks import local_rank, world_size
 from recllm.precision import has_bfloat16
+from recllm.processes import local_rank, world_size
 
 if TYPE_CHECKING:
     from recllm.training.options import SFTOptions

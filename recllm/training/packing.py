@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from recllm.mllm.scoring.inputs import packed
-from recllm.mllm.scoring.prompts import Group, Prompt, contents_of, share
+from recllm.mllm.prefix.groups import Group, Prompt, contents_of, share
+from recllm.mllm.prefix.inputs import packed
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recllm.errors import DataError
-from recllm.mllm.visual_tower import unwrapped
+from recllm.mllm.vision.tower import unwrapped
 
 VISION, PROJECTOR, LANGUAGE, EMBEDDINGS = (
     "vision tower",

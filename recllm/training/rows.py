@@ -12,7 +12,7 @@ import polars as pl
 
 from recllm.errors import DataError
 from recllm.files import write_file
-from recllm.mllm.ranks import rank
+from recllm.processes import rank
 from recllm.progress import Progress
 from recllm.training.conversations import ConversationEncoder
 

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from recllm.mllm.ranks import rank, sum_over_ranks, world_size
+from recllm.processes import rank, sum_over_ranks, world_size
 from recllm.training import launching
 from recllm.training.options import SFTOptions
 from recllm.training.parts import PartCount, Parts, lora_pattern, parts_table
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from recllm.data.instructions import InstructionPart
     from recllm.mllm.loading import LoadedModel
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
     from recllm.training.folder import RunFolder
     from recllm.training.trainer import RecSFTTrainer
     from recllm.training.validation import Validation
@@ -95,7 +95,7 @@ def load_data(options: SFTOptions, run: RunFolder, model: TrainableModel) -> Tra
     Raises:
         DataError: A row cannot be used, or validation has no candidate lists.
     """
-    from recllm.mllm.visual_folder import open_visual_store
+    from recllm.mllm.vision.of_dataset import open_visual_store
     from recllm.training.rows import training_rows
     from recllm.training.validation import Validation
 
@@ -132,8 +132,8 @@ def make_trainer(
     from transformers import EarlyStoppingCallback, PrinterCallback
     from transformers.utils import logging
 
-    from recllm.journal import Journal
     from recllm.mllm.scoring.scorer import can_share_prefix
+    from recllm.runs.log import Journal
     from recllm.training.collate import Collator
     from recllm.training.trainer import RecSFTTrainer
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
-from recllm.mllm.scoring.attention import shared_prefix_attention
+from recllm.mllm.prefix.attention import shared_prefix_attention
 from recllm.progress import Progress
 from recllm.training.checkpoints import drop_old, mark_complete
 from recllm.training.collate import IMAGE_KEYS
@@ -23,8 +23,8 @@ from recllm.training.packing import IGNORED
 from recllm.training.sampling import EpochSampler
 
 if TYPE_CHECKING:
-    from recllm.journal import Journal
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
+    from recllm.runs.log import Journal
     from recllm.training.validation import Validation
 
 

@@ -17,7 +17,7 @@ from recllm.mllm.scoring import YesNoScorer, score_table
 if TYPE_CHECKING:
     from recllm.data.instructions import InstructionPart
     from recllm.mllm.loading import LoadedModel
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
 
 MEASURED = {"auc": "auc", "ndcg@10": "ndcg@10", "hr@1": "hr@1"}
 _PROBES = 16

@@ -16,10 +16,10 @@ from recllm.builders.instruction_rows import request_of
 from recllm.builders.items import SYSTEMS
 from recllm.builders.prompt_length import PromptLength
 from recllm.cli import main
+from recllm.data.texts import read_texts
 from recllm.data.toyworld import ToyWorld
 from recllm.mllm.loading import load
 from recllm.mllm.rendering import encode
-from recllm.mllm.texts import read_texts
 from recllm.prompts.keywords import parse_keywords
 
 

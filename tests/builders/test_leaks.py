@@ -18,10 +18,11 @@ from recllm.builders.image_prompts import write_initial_prompts
 from recllm.builders.instructions import build_instructions
 from recllm.builders.items import summarize_items
 from recllm.builders.options import ImagePromptOptions, InstructionOptions, ItemOptions, UserOptions
-from recllm.builders.preferences import ItemTexts, Summary
+from recllm.builders.preferences import Summary
 from recllm.builders.users import summarize_users
 from recllm.cli import main
 from recllm.data import Dataset, write_dataset
+from recllm.data.texts import ItemTexts
 from recllm.mllm.chat import hash_of_messages, message
 from recllm.prompts import TEMPLATES
 from recllm.prompts.safe_text import safe_text

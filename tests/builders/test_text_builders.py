@@ -16,9 +16,9 @@ from recllm.builders.options import ItemOptions, UserOptions
 from recllm.builders.users import summarize_users
 from recllm.cli import main
 from recllm.data.dataset import write_dataset
+from recllm.data.texts import read_texts
 from recllm.errors import DataError
 from recllm.mllm.chat import Result
-from recllm.mllm.texts import read_texts
 from recllm.prompts.mllm_srec import TUBC
 from tests.builders.worlds import split_of, words_of, write_world
 from tests.conftest import make_dataset

@@ -18,9 +18,9 @@ from recllm.evaluation import RankRecords, compute_metrics
 from recllm.evaluation.commands import CompareRunsConfig, RankReportConfig, compare_runs, rank_report
 from recllm.evaluation.coverage import Coverage, fill_lists
 from recllm.evaluation.inputs import read_system
+from recllm.evaluation.score_files import ScoreFiles
 from recllm.rankers.commands import PopularityOptions, popularity
 from recllm.retrieval.profiles import MeanProfiles
-from recllm.retrieval.score_files import ScoreFiles
 
 USERS, ITEMS, POPULAR = 600, 300, 30
 NAME = "1+20-uniform-seed42"

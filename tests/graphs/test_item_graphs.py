@@ -16,9 +16,9 @@ from recllm.graphs.knn import BLOCK
 from recllm.graphs.propagation import interaction_matrix
 from recllm.rankers import item_graphs, lattice, ranker_class
 from recllm.rankers.features import Features
-from recllm.rankers.freedom import prune
+from recllm.rankers.models.freedom import prune
+from recllm.rankers.models.smore import denoise, fuse
 from recllm.rankers.ranker import PairRanker
-from recllm.rankers.smore import denoise, fuse
 from tests.graphs.dense import (
     BATCH,
     BPR,

@@ -18,11 +18,12 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
+from recllm.data.texts import read_texts
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Decoding, Request, Result, message, text_part
 from recllm.mllm.generation.run import _of_all_ranks, generate
+from recllm.mllm.generation.texts import write_texts
 from recllm.mllm.store import GenerationStore
-from recllm.mllm.texts import read_texts, write_texts
 from tests.mllm.programs import null_run
 
 PROGRAM = Path(null_run.__file__)
@@ -179,8 +180,8 @@ def shares_of_ranks(
     requests, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int = 3
 ) -> list[list[str]]:
     """Runs rank after rank in this process; returns what each was asked."""
-    monkeypatch.setattr("recllm.mllm.ranks.connect", lambda: None)
-    monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", list)
+    monkeypatch.setattr("recllm.processes.connect", lambda: None)
+    monkeypatch.setattr("recllm.processes.sum_over_ranks", list)
     monkeypatch.setattr("recllm.mllm.generation.run._of_all_ranks", lambda keys, ids: keys)
     shares = []
     for rank in range(world):
@@ -227,11 +228,11 @@ def test_a_rank_hashes_the_images_of_its_share_alone(tmp_path: Path, monkeypatch
 def test_ranks_that_are_given_different_requests_say_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     own, none = bytes([1]) * 32, bytes(32)
-    monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", lambda numbers: [3])
+    monkeypatch.setattr("recllm.processes.sum_over_ranks", lambda numbers: [3])
     with pytest.raises(RuntimeError, match="another number"):
         _of_all_ranks(bytearray(own + own), ["a", "b"])
-    monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", lambda numbers: [4])
-    monkeypatch.setattr("recllm.mllm.ranks.sum_bytes_over_ranks", lambda keys: keys)
+    monkeypatch.setattr("recllm.processes.sum_over_ranks", lambda numbers: [4])
+    monkeypatch.setattr("recllm.processes.sum_bytes_over_ranks", lambda keys: keys)
     with pytest.raises(RuntimeError, match="request 'b' was taken by no rank"):
         _of_all_ranks(bytearray(own + none), ["a", "b"])
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from recllm.mllm.images import ImageError, image_size, load_image, resolve_image, survey
+from recllm.mllm.vision.images import ImageError, image_size, load_image, resolve_image, survey
 
 
 def gradient(width: int, height: int) -> Image.Image:

@@ -19,7 +19,7 @@ from recllm.mllm.chat import IMAGE_PART, Decoding, Request, text_part
 from recllm.mllm.generation.in_process import InProcessBackend
 from recllm.mllm.loading import load
 from recllm.mllm.rendering import render
-from recllm.mllm.visual_store import build_visual_store
+from recllm.mllm.vision.store import build_visual_store
 from tests.mllm.small_models import FAMILIES, NESTED, save_adapter, save_small
 
 GREEDY = Decoding(max_new_tokens=12)

@@ -11,8 +11,8 @@ import torch
 
 from recllm.errors import DataError
 from recllm.mllm.loading import load, load_processor
+from recllm.mllm.prefix.groups import contents_of
 from recllm.mllm.processor import join
-from recllm.mllm.scoring.prompts import contents_of
 from recllm.mllm.scoring.scorer import can_share_prefix
 from recllm.training.parts import PROJECTOR, Parts
 from tests.mllm.small_models import save_small

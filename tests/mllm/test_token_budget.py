@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from recllm.errors import DataError
-from recllm.mllm.token_budget import ImageTokens, image_settings
+from recllm.mllm.vision.token_budget import ImageTokens, image_settings
 
 from .small_models import FAMILIES, save_small
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from recllm.errors import DataError
-from recllm.mllm import visual_folder
-from recllm.mllm.images import resolve_image
 from recllm.mllm.loading import load
-from recllm.mllm.visual_folder import open_visual_store
-from recllm.mllm.visual_store import build_visual_store, image_key
+from recllm.mllm.vision import of_dataset as visual_folder
+from recllm.mllm.vision.images import resolve_image
+from recllm.mllm.vision.of_dataset import open_visual_store
+from recllm.mllm.vision.store import build_visual_store, image_key
 from tests.mllm.small_models import save_small
 from tests.mllm.test_visual_store import save_pictures
 
@@ -143,7 +143,7 @@ def test_the_estimate_is_what_is_written(loaded, dataset):
 
 def test_ranks_share_the_images(loaded, dataset, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", list)
+    monkeypatch.setattr("recllm.processes.sum_over_ranks", list)
     for rank, have in ((1, 4), (0, 6)):  # one after the other here, so that the second shares what is left
         monkeypatch.setenv("RANK", str(rank))
         assert open_visual_store("auto", loaded, dataset).manifest["images"] == have
@@ -151,7 +151,7 @@ def test_ranks_share_the_images(loaded, dataset, monkeypatch):
 
 def test_a_rank_whose_disk_is_full_stops_all(loaded, dataset, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("recllm.mllm.ranks.sum_over_ranks", lambda numbers: [numbers[0] + 1])
+    monkeypatch.setattr("recllm.processes.sum_over_ranks", lambda numbers: [numbers[0] + 1])
     assert open_visual_store("auto", loaded, dataset) is None
     with pytest.raises(DataError, match="disk of another rank"):
         open_visual_store("auto", loaded, dataset, required=True)

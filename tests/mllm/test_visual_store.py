@@ -17,14 +17,14 @@ from PIL import Image
 
 from recllm.errors import BusyError, DataError
 from recllm.files import read_json
-from recllm.mllm import visual_store
-from recllm.mllm.images import image_size
 from recllm.mllm.loading import LoadedModel
 from recllm.mllm.rendering import encode_expanded, expand
-from recllm.mllm.token_budget import ImageTokens, image_settings
-from recllm.mllm.visual_journal import Journal
-from recllm.mllm.visual_store import VisualStore, build_visual_store, image_key
-from recllm.mllm.visual_tower import VisionTower
+from recllm.mllm.vision import store as visual_store
+from recllm.mllm.vision.building import Journal
+from recllm.mllm.vision.images import image_size
+from recllm.mllm.vision.store import VisualStore, build_visual_store, image_key
+from recllm.mllm.vision.token_budget import ImageTokens, image_settings
+from recllm.mllm.vision.tower import VisionTower
 
 from .small_models import FAMILIES, NESTED, save_small
 
@@ -295,7 +295,7 @@ def test_a_build_killed_while_it_finished_never_touches_the_finished_store(
 ):
     """The rows are linked into the store, so an unfinished folder left beside it must not write to them."""
     model, processor = loaded("qwen2_vl")
-    monkeypatch.setattr("recllm.mllm.visual_journal.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("recllm.mllm.vision.building.shutil.rmtree", lambda *_, **__: None)
     build_visual_store(model, processor, pictures, tmp_path / "s", progress=False)
     content = (tmp_path / "s" / "tokens.bin").read_bytes()
     (tmp_path / "s").rename(tmp_path / "elsewhere")
@@ -313,8 +313,8 @@ from tqdm import tqdm
 torch.set_num_threads(1)  # no thread pool, so that children can be forked
 tqdm.set_lock(threading.RLock())  # its own lock is shared with forked children: one killed in it stops all
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from recllm.mllm.visual_store import build_visual_store
-from recllm.mllm.visual_journal import Journal
+from recllm.mllm.vision.store import build_visual_store
+from recllm.mllm.vision.building import Journal
 
 model_folder, pictures, out, log, kills = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(model_folder).eval()

@@ -19,8 +19,8 @@ from recllm.data.dataset import write_dataset
 from recllm.data.splits import SplitOptions, make_split
 from recllm.rankers.batches import Batch, Epochs, TrainingNegatives, history_batch, windows
 from recllm.rankers.criteria import Criterion
+from recllm.rankers.models.sasrec import SASRec, SASRecConfig
 from recllm.rankers.ranker import states_at_targets
-from recllm.rankers.sasrec import SASRec, SASRecConfig
 from recllm.rankers.training_data import TrainingData
 from tests.conftest import make_dataset
 from tests.rankers import worlds

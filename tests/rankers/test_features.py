@@ -262,8 +262,8 @@ def test_texts_are_embedded_and_an_item_without_one_has_none(dataset):
 
 
 def test_images_are_the_mean_of_their_tokens_and_a_broken_one_is_none(tiny_path, tmp_path):
-    from recllm.mllm.images import load_image
     from recllm.mllm.loading import load
+    from recllm.mllm.vision.images import load_image
 
     dataset = tiny_split(tmp_path / "data", users=3).dataset
     folder = tmp_path / "data" / "images"

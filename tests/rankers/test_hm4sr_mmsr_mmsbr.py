@@ -15,9 +15,9 @@ from recllm.rankers import mmsbr
 from recllm.rankers.batches import Batch, Epochs, history_batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
-from recllm.rankers.hm4sr import HM4SR, HM4SRConfig, contrast
-from recllm.rankers.mmsbr import MMSBR, MMSBRConfig, hard_contrast, positive
-from recllm.rankers.mmsr import MMSR, MMSRConfig, cluster_centers, graph_of
+from recllm.rankers.models.hm4sr import HM4SR, HM4SRConfig, contrast
+from recllm.rankers.models.mmsbr import MMSBR, MMSBRConfig, hard_contrast, positive
+from recllm.rankers.models.mmsr import MMSR, MMSRConfig, cluster_centers, graph_of
 from recllm.rankers.training_data import TrainingData
 from tests.rankers import worlds
 

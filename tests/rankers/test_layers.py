@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from recllm.rankers import layers
 from recllm.rankers.layers import Dropout, attention, dropout
-from recllm.rankers.missrec import DecoderBlock
+from recllm.rankers.models.missrec import DecoderBlock
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])

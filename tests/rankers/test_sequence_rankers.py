@@ -10,11 +10,11 @@ import torch
 from scipy import linalg, special
 
 from recllm.rankers.batches import Batch, Epochs, history_batch
-from recllm.rankers.bert4rec import BERT4Rec
 from recllm.rankers.criteria import Criterion
-from recllm.rankers.gru4rec import GRU4Rec
-from recllm.rankers.sasrec import SASRec
-from recllm.rankers.stosa import STOSA, as_item, as_state, distance, positive, squared_wasserstein
+from recllm.rankers.models.bert4rec import BERT4Rec
+from recllm.rankers.models.gru4rec import GRU4Rec
+from recllm.rankers.models.sasrec import SASRec
+from recllm.rankers.models.stosa import STOSA, as_item, as_state, distance, positive, squared_wasserstein
 from tests.rankers import worlds
 
 DATA = worlds.tiny_data()

@@ -13,11 +13,11 @@ from recllm.errors import DataError
 from recllm.rankers.batches import Batch, Epochs
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
-from recllm.rankers.m3srec import ExpertMixture, Fusion, M3SRec, M3SRecConfig, attended
-from recllm.rankers.missrec import MISSRec, MISSRecConfig, distinct
-from recllm.rankers.stosa_m3 import STOSAM3, ModalityExperts, STOSAM3Config
+from recllm.rankers.models.m3srec import ExpertMixture, Fusion, M3SRec, M3SRecConfig, attended
+from recllm.rankers.models.missrec import MISSRec, MISSRecConfig, distinct
+from recllm.rankers.models.stosa_m3 import STOSAM3, ModalityExperts, STOSAM3Config
+from recllm.rankers.models.unisrec import UniSRec, UniSRecConfig, WhiteningMixture
 from recllm.rankers.training_data import Histories, TrainingData
-from recllm.rankers.unisrec import UniSRec, UniSRecConfig, WhiteningMixture
 
 ITEMS, NO_TEXT, NO_IMAGE = 24, 3, 5  # codes of an item without text, and of one without image
 

@@ -9,10 +9,10 @@ import pytest
 from recllm.data.candidates import CandidateOptions, full_ranking, make_candidates
 from recllm.data.dataset import write_dataset
 from recllm.data.splits import SplitOptions, make_split
+from recllm.data.texts import item_texts
 from recllm.errors import DataError
 from recllm.evaluation import compute_metrics, rank_candidates, rank_catalog
 from recllm.evaluation.coverage import fill_catalog
-from recllm.retrieval.item_texts import item_texts
 from recllm.retrieval.profiles import MeanProfiles
 from tests.conftest import make_dataset
 

@@ -17,8 +17,8 @@ from recllm.errors import DataError
 from recllm.evaluation import rank_catalog
 from recllm.evaluation.frames import check_ranks
 from recllm.evaluation.ranks import RankRecords
-from recllm.retrieval.rerank import rerank, share_listed
-from recllm.retrieval.top_k import TopK, write_stage
+from recllm.evaluation.rerank import rerank, share_listed
+from recllm.evaluation.top_k import TopK, write_stage
 
 
 def world(seed: int, users: int = 5, items: int = 12, levels: int = 4):

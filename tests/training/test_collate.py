@@ -17,7 +17,7 @@ from PIL import Image
 from recllm.data.instructions import open_part
 from recllm.errors import DataError
 from recllm.mllm.loading import load
-from recllm.mllm.visual_store import build_visual_store
+from recllm.mllm.vision.store import build_visual_store
 from recllm.training.collate import IMAGE_KEYS, Collator
 from recllm.training.conversations import encode_conversation
 from recllm.training.packing import IGNORED

@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from recllm.files import read_json
-from recllm.journal import read_log
 from recllm.mllm import load
 from recllm.mllm.scoring.command import score_yes_no
 from recllm.mllm.scoring.options import YesNoOptions
+from recllm.runs.log import read_log
 from recllm.training.options import SFTOptions
 from tests.training.conftest import Run
 from tests.training.ports import free_port

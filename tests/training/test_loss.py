@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy
 
-from recllm.mllm.visual_store import build_visual_store
+from recllm.mllm.vision.store import build_visual_store
 from recllm.training import sft as steps
 from recllm.training.collate import Collator
 from recllm.training.folder import open_run

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recllm.mllm.visual_store import build_visual_store
+from recllm.mllm.vision.store import build_visual_store
 from recllm.training.collate import Collator
 from recllm.training.packing import IGNORED
 from tests.mllm import small_models

@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 
 from recllm.errors import DataError
-from recllm.journal import Journal, read_log
+from recllm.runs.log import Journal, read_log
 from recllm.training import trainer as trainer_module
 from recllm.training.checkpoints import complete_checkpoints, drop_old, mark_complete
 from recllm.training.trainer import RecSFTTrainer

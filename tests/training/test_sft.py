@@ -11,11 +11,11 @@ import pytest
 from safetensors.torch import load_file
 
 from recllm.errors import DataError
-from recllm.journal import read_log
 from recllm.mllm.loading import load
 from recllm.mllm.scoring import YesNoScorer, score_table
 from recllm.mllm.scoring.command import score_yes_no
 from recllm.mllm.scoring.options import YesNoOptions
+from recllm.runs.log import read_log
 from recllm.training.validation import Validation
 from tests.training.conftest import write_part
 from tests.training.recipe import run_recipe

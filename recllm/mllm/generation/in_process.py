@@ -16,14 +16,14 @@ from transformers import GenerationConfig
 from recllm.errors import DataError
 from recllm.mllm.chat import Decoding, Request, Result
 from recllm.mllm.generation.sampling import sampling_processors
-from recllm.mllm.images import ImageError
 from recllm.mllm.rendering import count_tokens, encode_expanded, encode_texts, expand, render, to_model
+from recllm.mllm.vision.images import ImageError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from recllm.mllm.loading import LoadedModel
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ class InProcessBackend:
         return prompts, failed
 
     def _prompt(self, key: bytes, request: Request) -> _Prompt:
-        from recllm.mllm.token_budget import image_size
+        from recllm.mllm.vision.token_budget import image_size
 
         sizes = [image_size(path) for path in request.images]
         with self._tokenizer_lock:

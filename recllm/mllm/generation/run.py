@@ -11,8 +11,8 @@ from itertools import islice
 
 import numpy as np
 
+from recllm import processes
 from recllm.data.image_hashes import ImageHashes
-from recllm.mllm import ranks
 from recllm.mllm.chat import Backend, Decoding, Request, Result
 from recllm.mllm.store import GenerationStore, StoreWriter, request_key
 from recllm.progress import Progress
@@ -122,12 +122,12 @@ def generate(
         RuntimeError: The backend broke its contract, another rank ended, or the ranks were not given the same
             requests and images.
     """
-    ranks.connect()
+    processes.connect()
     hashes = ImageHashes() if image_hashes is None else image_hashes
     ids: list[str] = []
     keys, prompts = bytearray(), array("Q")
     total = len(requests) if hasattr(requests, "__len__") else None
-    silent = progress is None or ranks.rank() > 0
+    silent = progress is None or processes.rank() > 0
     with (
         store.writer(backend.identity, decoding) as writer,
         Progress(
@@ -145,7 +145,7 @@ def generate(
         run.answer(window)
     hashes.save()
     keys = _of_all_ranks(keys, ids)
-    generated, failed = ranks.sum_over_ranks([run.generated, len(run.failed)])
+    generated, failed = processes.sum_over_ranks([run.generated, len(run.failed)])
     store.refresh()
     unique = len(np.unique(np.frombuffer(keys, f"S{KEY_SIZE}")))
     counts = Counts(len(ids), unique, unique - generated - failed, generated, failed)
@@ -166,7 +166,7 @@ class _Run:
     ) -> None:
         self.backend, self.store, self.writer, self.decoding = backend, store, writer, decoding
         self.bar = bar
-        self.rank, self.world = ranks.rank(), ranks.world_size()
+        self.rank, self.world = processes.rank(), processes.world_size()
         self.image_hashes = image_hashes
         self.waiting: dict[bytes, Request] = {}
         self.failed: set[bytes] = set()
@@ -250,13 +250,15 @@ def share_of(request: Request) -> int:
 
 def _of_all_ranks(keys: bytearray, ids: list[str]) -> bytearray:
     """Returns the keys of all requests, of which each rank has those of its own."""
-    world = ranks.world_size()
+    world = processes.world_size()
     if world == 1:
         return keys
-    (total,) = ranks.sum_over_ranks([len(ids)])
+    (total,) = processes.sum_over_ranks([len(ids)])
     if total != world * len(ids):
-        raise RuntimeError(f"rank {ranks.rank()} was given {len(ids)} requests, other ranks another number")
-    merged = ranks.sum_bytes_over_ranks(keys)
+        raise RuntimeError(
+            f"rank {processes.rank()} was given {len(ids)} requests, other ranks another number"
+        )
+    merged = processes.sum_bytes_over_ranks(keys)
     for number, request in enumerate(ids):
         if merged[KEY_SIZE * number : KEY_SIZE * (number + 1)] == _NO_KEY:
             raise RuntimeError(

@@ -28,8 +28,8 @@ from recllm.mllm.generation.server_format import (
     request_body,
     retry_after,
 )
-from recllm.mllm.images import ImageError
 from recllm.mllm.loading import DEFAULT_MAX_PIXELS
+from recllm.mllm.vision.images import ImageError
 from recllm.prompts.safe_text import safe_text
 
 MAX_ANSWER_BYTES = 4 * 1024 * 1024

@@ -16,7 +16,7 @@ import orjson
 from PIL import Image
 
 from recllm.mllm.chat import Decoding, Message, Request, Result
-from recllm.mllm.images import load_image, read_image_bytes
+from recllm.mllm.vision.images import load_image, read_image_bytes
 from recllm.prompts.safe_text import safe_text
 
 _SENT_AS_IT_IS = {("JPEG", "RGB"), ("JPEG", "L"), ("PNG", "RGB"), ("PNG", "L")}

@@ -14,10 +14,10 @@ from recllm.mllm.chat import Decoding, Request, Result
 from recllm.mllm.checkpoints import check_architecture, check_model_folder, find_checkpoint
 from recllm.mllm.fingerprint import fingerprint
 from recllm.mllm.generation.server_format import request_seed
-from recllm.mllm.images import ImageError, image_size
 from recllm.mllm.loading import LoadedModel, checkpoint_identity, pixel_budget, read_processor
-from recllm.mllm.ranks import world_size
 from recllm.mllm.rendering import count_tokens, expand, render
+from recllm.mllm.vision.images import ImageError, image_size
+from recllm.processes import world_size
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -12,13 +12,13 @@ from recllm.data.instructions import InstructionPart, check_trained_on, open_par
 from recllm.data.origins import made, made_metadata
 from recllm.data.prompt_files import FILE_ROW, PromptFile, small_columns
 from recllm.errors import DataError
-from recllm.files import read_json
+from recllm.files import MANIFEST, read_json
 from recllm.mllm.loading import LoadOptions
 from recllm.mllm.scoring.options import YesNoOptions
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
 
 
 def score_yes_no(options: YesNoOptions) -> None:
@@ -50,7 +50,7 @@ def score_yes_no(options: YesNoOptions) -> None:
     loaded = which.load()
     store = None
     if options.visual_store is not None:
-        from recllm.mllm.visual_folder import open_visual_store
+        from recllm.mllm.vision.of_dataset import open_visual_store
 
         images = rows["images"].explode().drop_nulls()
         store = open_visual_store(options.visual_store, loaded, source.dataset, images, passes=1)
@@ -154,7 +154,7 @@ def trained_weights(options: YesNoOptions) -> list[Path | str]:
 
 
 def _settings_of_run(run: Path) -> dict[str, Any]:
-    manifest = read_json(run / "manifest.json", "a run's folder (made by `recipes/sft.py`)")
+    manifest = read_json(run / MANIFEST, "a run's folder (made by `recipes/sft.py`)")
     trained = manifest.get("settings")
     if not isinstance(trained, dict) or "model" not in trained:
         raise DataError(f"{run / 'manifest.json'} does not say which model was trained; name --model instead")

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from recllm import processes
 from recllm.data.prompt_files import PromptFile
 from recllm.files import write_file
-from recllm.mllm import ranks
 from recllm.mllm.scoring.prompts import PromptReader, digest_of_images, group_rows, image_sizes, units_of
 from recllm.mllm.scoring.scorer import YesNoScorer
 from recllm.mllm.scoring.shards import ScoreShards
@@ -87,19 +87,19 @@ def score_into(
         RuntimeError: Another rank has ended.
     """
     started = time.perf_counter()
-    ranks.connect()
+    processes.connect()
     groups = group_rows(rows, prompts_on_disk=prompts is not None)
     shards = ScoreShards(out.parent / f".{out.stem}.scoring")
-    if ranks.rank() == 0:
+    if processes.rank() == 0:
         job = {**job, "images": digest_of_images(rows, folder), "scorer": scorer.identity}
         ScoreShards.prepare(shards.folder, job, scorer.batch_tokens, overwrite=overwrite)
-    ranks.sum_over_ranks([0])  # the folder is there
+    processes.sum_over_ranks([0])  # the folder is there
     scorer.batch_tokens = shards.batch_tokens
     done = {row for scored in shards.lines() for row in scored.rows}
     mine = [
         unit
         for place, unit in enumerate(units_of(groups))
-        if place % ranks.world_size() == ranks.rank()
+        if place % processes.world_size() == processes.rank()
         and any(row not in done for group in unit for row in group)
     ]
     scored_now = 0
@@ -108,9 +108,11 @@ def score_into(
         sizes = image_sizes(rows[numbers], folder)
         total = sum(row not in done for row in numbers)
         with (
-            shards.writer(ranks.rank()) as shard,
+            shards.writer(processes.rank()) as shard,
             scorer.session() as session,
-            Progress(desc="scoring", total=total, unit="row", disable=ranks.rank() > 0, leave=False) as bar,
+            Progress(
+                desc="scoring", total=total, unit="row", disable=processes.rank() > 0, leave=False
+            ) as bar,
         ):
             reader = PromptReader(scorer.loaded, folder, sizes, session.key_of)
             units = [unit_reader(reader, rows, unit, prompts) for unit in mine]
@@ -118,8 +120,8 @@ def score_into(
                 shard.append(scored)
                 scored_now += len(scored.rows)
                 bar.update(len(scored.rows))
-    (scored_now,) = ranks.sum_over_ranks([scored_now])  # all have scored theirs
-    if ranks.rank():
+    (scored_now,) = processes.sum_over_ranks([scored_now])  # all have scored theirs
+    if processes.rank():
         return None
     margin, outside = np.full(rows.height, np.nan, np.float32), np.empty(rows.height, np.float32)
     tokens = {}

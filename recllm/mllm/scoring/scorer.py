@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 from recllm.errors import DataError
+from recllm.mllm.prefix.attention import DEVICES, shared_prefix_attention
+from recllm.mllm.prefix.groups import Group, Prompt, halves, plan, plan_padded, share
+from recllm.mllm.prefix.inputs import packed, padded
 from recllm.mllm.scoring.answers import (
     AnswerHead,
     Answers,
@@ -20,16 +23,13 @@ from recllm.mllm.scoring.answers import (
     paper_probability,
     paper_score,
 )
-from recllm.mllm.scoring.attention import DEVICES, shared_prefix_attention
-from recllm.mllm.scoring.images import EncodedImages, StoredImages, UnusableImage
-from recllm.mllm.scoring.inputs import packed, padded
-from recllm.mllm.scoring.prompts import Group, Prompt, halves, plan, plan_padded, share
+from recllm.mllm.vision.encoded import EncodedImages, StoredImages, UnusableImage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from recllm.mllm.loading import LoadedModel
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
 
 SHARED_PREFIX, FULL_PROMPTS = "shared prefix", "full prompts"
 _FAMILIES = {

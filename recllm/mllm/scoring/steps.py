@@ -12,8 +12,8 @@ from recllm.data.image_hashes import ImageHashes
 from recllm.errors import DataError
 from recllm.mllm.chat import Decoding, Message, Request, text_part
 from recllm.mllm.generation.run import generate
-from recllm.mllm.images import resolve_image
 from recllm.mllm.scoring.prompts import messages_of
+from recllm.mllm.vision.images import resolve_image
 from recllm.prompts.safe_text import safe_text
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ import numpy as np
 import polars as pl
 
 from recllm.data.prompt_files import FILE_ROW, PromptFile
-from recllm.mllm.ranks import rank
-from recllm.mllm.scoring.prompts import COLUMNS, Prompt, PromptReader, group_rows, image_sizes, units_of
+from recllm.mllm.prefix.groups import Prompt
+from recllm.mllm.scoring.prompts import COLUMNS, PromptReader, group_rows, image_sizes, units_of
+from recllm.processes import rank
 from recllm.progress import Progress
 
 if TYPE_CHECKING:

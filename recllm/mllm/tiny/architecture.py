@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recllm.errors import DataError
-from recllm.files import staged_folder, write_json
+from recllm.files import MANIFEST, staged_folder, write_json
 from recllm.mllm.tiny.tokenizer import build_processor
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def build_random(
     with staged_folder(Path(out), overwrite=overwrite) as folder:
         model, processor = random_model(shape, dtype=dtype, seed=seed)
         save(model, processor, folder)
-        write_json(folder / "manifest.json", {"kind": "random Qwen2-VL", "seed": seed, "dtype": str(dtype)})
+        write_json(folder / MANIFEST, {"kind": "random Qwen2-VL", "seed": seed, "dtype": str(dtype)})
     return Path(out)
 
 

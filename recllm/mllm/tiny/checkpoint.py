@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from recllm.errors import DataError
-from recllm.files import sha256, staged_folder, write_json
+from recllm.files import MANIFEST, sha256, staged_folder, write_json
 
 KIND = "embedded model"
 _FOLDER = Path(__file__).parent / "checkpoint"
@@ -65,7 +65,7 @@ def train_checkpoint(out: Path, *, seed: int = 0, overwrite: bool = False, progr
         _load_in_float32(folder)
         tail = losses[-20:]
         write_json(
-            folder / "manifest.json",
+            folder / MANIFEST,
             {
                 "kind": KIND,
                 "command": f"recllm model train-tiny OUT --seed {seed}",

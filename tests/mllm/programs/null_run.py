@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-from recllm.mllm import ranks
+from recllm import processes
 from recllm.mllm.chat import Decoding, Request, Result, message
 from recllm.mllm.generation.run import generate
 from recllm.mllm.store import GenerationStore
@@ -58,14 +58,14 @@ def main():
     parser.add_argument("--slow-rank", type=int, default=-1)
     parser.add_argument("--dying-rank", type=int, default=-1)
     options = parser.parse_args()
-    mine = ranks.rank()
+    mine = processes.rank()
     seconds = 0.05 if mine == options.slow_rank else options.seconds
     model = NullModel(options.folder / "log", seconds, 3 if mine == options.dying_rank else None)
     store = GenerationStore.open(options.folder / "store")
     os.write(model.log, b"started\n")
     generated = generate(requests(options.count), model, store, Decoding(), window=64)
     if mine == 0:
-        from recllm.mllm.texts import write_texts
+        from recllm.mllm.generation.texts import write_texts
 
         write_texts(
             options.folder / "texts.parquet",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from recllm.mllm.scoring.attention import GroupLayout, attend
+from recllm.mllm.prefix.attention import GroupLayout, attend
 
 GROUPS = [(7, (1,)), (0, (5, 2, 9)), (40, (3, 11, 1, 3)), (1, (1, 1))]
 

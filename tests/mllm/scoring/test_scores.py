@@ -14,10 +14,11 @@ from scipy.stats import spearmanr
 
 from recllm.errors import DataError
 from recllm.mllm import load
+from recllm.mllm.prefix.groups import plan, plan_padded, share
 from recllm.mllm.scoring import YesNoScorer, score_table
-from recllm.mllm.scoring.prompts import PromptReader, image_sizes, plan, plan_padded, share
+from recllm.mllm.scoring.prompts import PromptReader, image_sizes
 from recllm.mllm.scoring.scorer import FULL_PROMPTS, SHARED_PREFIX, Session
-from recllm.mllm.visual_store import build_visual_store
+from recllm.mllm.vision.store import build_visual_store
 from tests.mllm.scoring.worlds import make_images, make_rows, one_by_one
 from tests.mllm.small_models import FAMILIES, save_adapter, save_small
 

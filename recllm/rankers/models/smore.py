@@ -50,14 +50,21 @@ from recllm.graphs.propagation import (
     trained_only,
 )
 from recllm.rankers.batches import Batch
-from recllm.rankers.bpr import codes_of, compare, penalty, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
 from recllm.rankers.item_graphs import neighbors_of
 from recllm.rankers.layers import Dropout
+from recllm.rankers.pairs import (
+    MODALITIES,
+    compare,
+    content_of,
+    item_codes,
+    penalty,
+    xavier_projection,
+    xavier_table,
+)
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
-from recllm.rankers.vbpr import MODALITIES, content_of, xavier_projection
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ class SMORE(PairRanker):
 
     def loss(self, batch: Batch, criterion: Criterion, *, without: Without = ()) -> Tensor:
         """Compares the batch's pairs, keeps their vectors small, and ties content to behavior."""
-        codes = codes_of(batch)
+        codes = item_codes(batch)
         nodes = torch.cat([batch.users, codes.flatten() + len(self.users.weight)])
         behavior, *views = (F.embedding(nodes, each) for each in self._behavior_and_views(without))
         side = self._side(behavior, *views)

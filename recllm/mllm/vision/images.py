@@ -91,7 +91,7 @@ def load_image(path: Path, *, max_pixels: int | None = None) -> Image.Image:
         path: The file; its content decides the format, not its suffix.
         max_pixels: A larger image is shrunk to at most that many pixels, keeping its shape; JPEGs are
             downscaled while they are decoded. None keeps the size. To have exactly the tokens that were
-            counted beforehand, load through `recllm.mllm.token_budget.ImageTokens.load` instead.
+            counted beforehand, load through `recllm.mllm.vision.token_budget.ImageTokens.load` instead.
 
     Raises:
         ImageError: The file is missing, empty, no image, truncated or damaged, above 100 megapixels, or more

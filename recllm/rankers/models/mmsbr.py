@@ -44,8 +44,8 @@ from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
 from recllm.rankers.layers import Block, Dropout, Projection
+from recllm.rankers.models.stosa import WassersteinAttention, as_item, as_state, positive
 from recllm.rankers.ranker import SequenceRanker, Without
-from recllm.rankers.stosa import WassersteinAttention, as_item, as_state, positive
 from recllm.rankers.training_data import TrainingData
 
 BLOCK = 1024  # items whose pivots are read at a time

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from recllm.files import write_file
-from recllm.mllm.ranks import rank
+from recllm.processes import rank
 
 
 class Journal:

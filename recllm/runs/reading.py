@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from recllm.data.dataset import MANIFEST
 from recllm.errors import DataError
-from recllm.files import read_json
+from recllm.files import MANIFEST, read_json
 
 KINDS = ("sft run", "ranker run")
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from recllm.errors import DataError
-from recllm.mllm.images import ImageError
 from recllm.mllm.processor import Picture, forward_names
-from recllm.mllm.visual_store import image_key
-from recllm.mllm.visual_tower import VisionTower
+from recllm.mllm.vision.images import ImageError
+from recllm.mllm.vision.store import image_key
+from recllm.mllm.vision.tower import VisionTower
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
-    from recllm.mllm.visual_store import VisualStore
+    from recllm.mllm.vision.store import VisualStore
 
 _HELD_BYTES = 512 * 2**20
 

@@ -37,12 +37,20 @@ from recllm.graphs.propagation import (
     trained_only,
 )
 from recllm.rankers.batches import Batch
-from recllm.rankers.bpr import codes_of, compare, penalty, rows_of, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
+from recllm.rankers.pairs import (
+    MODALITIES,
+    compare,
+    content_of,
+    item_codes,
+    penalty,
+    rows_of,
+    xavier_projection,
+    xavier_table,
+)
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
-from recllm.rankers.vbpr import MODALITIES, content_of, xavier_projection
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class MMGCN(PairRanker):
         for each in self.modalities:
             preferences = self.get_submodule(each).preferences
             small = small + preferences(batch.users).square().sum() / (2 * len(batch))
-        items = codes_of(batch)
+        items = item_codes(batch)
         nodes = torch.cat([batch.users, items.flatten() + len(self.users.weight)])
         numbers = torch.cat([self.users.weight, self.items.weight])
         users, items = self._mean(numbers, nodes, without).split([len(batch), items.numel()])

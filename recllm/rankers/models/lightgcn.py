@@ -33,8 +33,8 @@ from recllm.graphs.propagation import (
     trained_only,
 )
 from recllm.rankers.batches import Batch
-from recllm.rankers.bpr import compare, penalty, rows_of, xavier_table
 from recllm.rankers.criteria import Criterion
+from recllm.rankers.pairs import compare, penalty, rows_of, xavier_table
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
 

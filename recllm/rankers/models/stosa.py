@@ -35,9 +35,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from recllm.rankers.batches import Batch
-from recllm.rankers.bpr import compare
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.layers import Dropout
+from recllm.rankers.pairs import compare
 from recllm.rankers.ranker import SequenceRanker, Without, states_at_targets
 from recllm.rankers.training_data import TrainingData
 

@@ -17,12 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
+from recllm.rankers.pairs import compare, penalty, rows_of, xavier_table
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
 
@@ -56,40 +55,3 @@ class BPR(PairRanker):
         """Compares the batch's pairs, and keeps their rows small."""
         rows = rows_of(*self.vectors(), batch)
         return compare(*rows, criterion) + self.config.regularization * penalty(*rows)
-
-
-def xavier_table(rows: int, width: int) -> nn.Embedding:
-    """Returns a table of vectors [rows, width], initialized as MMRec's: Xavier-uniform."""
-    table = nn.Embedding(rows, width)
-    nn.init.xavier_uniform_(table.weight)
-    return table
-
-
-def rows_of(users: Tensor, items: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Picks the vectors of a batch of pairs.
-
-    Args:
-        users: The vectors of all users; shape [U, D].
-        items: The vectors of all items; shape [I, D].
-        batch: B pairs with K negatives each.
-
-    Returns:
-        The users [B, D]; the items [B, 1 + K, D], each row's target first.
-    """
-    return F.embedding(batch.users, users), F.embedding(codes_of(batch), items)
-
-
-def codes_of(batch: Batch) -> Tensor:
-    """Returns the item codes of a batch of pairs, each row's target first; int64, shape [B, 1 + K]."""
-    return torch.cat([batch.targets, batch.negatives[:, 0]], 1) - 1
-
-
-def compare(users: Tensor, items: Tensor, criterion: Criterion) -> Tensor:
-    """Returns the criterion of users [B, D] and their items [B, 1 + K, D], the target first; a scalar."""
-    place = torch.arange(items.shape[0] * items.shape[1], device=items.device).view(items.shape[:2])
-    return criterion(users, items.flatten(0, 1), place[:, 0], place[:, 1:])
-
-
-def penalty(users: Tensor, items: Tensor) -> Tensor:
-    """Returns half the sum of squares of users [B, D] and their items [B, 1 + K, D], per pair; a scalar."""
-    return (users.square().sum() + items.square().sum()) / (2 * len(users))

@@ -20,14 +20,14 @@ import polars as pl
 import torch
 
 from recllm.errors import DataError
-from recllm.files import read_json
-from recllm.mllm.images import ImageError, map_in_threads, read_image_bytes
+from recllm.files import MANIFEST, read_json
 from recllm.mllm.processor import forward_names
-from recllm.mllm.token_budget import ImageTokens
-from recllm.mllm.visual_journal import BITS, DTYPES, INDEX, MANIFEST, TOKENS, Journal
-from recllm.mllm.visual_tower import VisionTower, store_identity, unwrapped
+from recllm.mllm.vision.building import BITS, DTYPES, INDEX, TOKENS, Journal
+from recllm.mllm.vision.images import ImageError, map_in_threads, read_image_bytes
+from recllm.mllm.vision.token_budget import ImageTokens
+from recllm.mllm.vision.tower import VisionTower, store_identity, unwrapped
 from recllm.progress import Progress
-from recllm.runs import describe_run
+from recllm.runs.provenance import describe_run
 
 
 class NoUsableImage(DataError):

@@ -49,13 +49,20 @@ from recllm.graphs.propagation import (
     trained_only,
 )
 from recllm.rankers.batches import Batch
-from recllm.rankers.bpr import compare, penalty, rows_of, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
 from recllm.rankers.item_graphs import neighbors_of
+from recllm.rankers.pairs import (
+    MODALITIES,
+    compare,
+    content_of,
+    penalty,
+    rows_of,
+    xavier_projection,
+    xavier_table,
+)
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
-from recllm.rankers.vbpr import MODALITIES, content_of, xavier_projection
 
 
 @dataclass(frozen=True)

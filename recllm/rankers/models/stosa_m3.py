@@ -39,9 +39,9 @@ from torch.nn import functional as F
 from recllm.errors import DataError
 from recllm.rankers.batches import Batch
 from recllm.rankers.layers import Projection
-from recllm.rankers.m3srec import ExpertMixture
+from recllm.rankers.models.m3srec import ExpertMixture
+from recllm.rankers.models.stosa import STOSA, STOSAConfig, as_state, init_gaussian, positive
 from recllm.rankers.ranker import Without
-from recllm.rankers.stosa import STOSA, STOSAConfig, as_state, init_gaussian, positive
 from recllm.rankers.training_data import TrainingData
 
 

@@ -19,7 +19,6 @@ Ours: an item without a modality has no E f_i of it; what lambda keeps small are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,16 +26,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recllm.errors import DataError
 from recllm.rankers.batches import Batch
-from recllm.rankers.bpr import codes_of, compare, penalty, xavier_table
 from recllm.rankers.criteria import Criterion
-from recllm.rankers.features import Features
-from recllm.rankers.layers import Projection
+from recllm.rankers.pairs import (
+    MODALITIES,
+    compare,
+    content_of,
+    item_codes,
+    penalty,
+    xavier_projection,
+    xavier_table,
+)
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
-
-MODALITIES = ("text", "image")
 
 
 @dataclass(frozen=True)
@@ -82,39 +84,10 @@ class VBPR(PairRanker):
 
     def loss(self, batch: Batch, criterion: Criterion, *, without: Without = ()) -> Tensor:
         """Compares the batch's pairs, and keeps their vectors small."""
-        users, items = self.users(batch.users), self._items(codes_of(batch), without)
+        users, items = self.users(batch.users), self._items(item_codes(batch), without)
         return compare(with_one(users), items, criterion) + self.config.regularization * penalty(users, items)
 
 
 def with_one(users: Tensor) -> Tensor:
     """Appends a 1 to each user's vector, which takes an item's bias: [..., 2d] to [..., 2d + 1]."""
     return F.pad(users, (0, 1), value=1.0)
-
-
-def content_of(data: TrainingData, ranker: str, needed: Iterable[str] = ()) -> Mapping[str, Features]:
-    """Returns the features of texts and images that there are.
-
-    Args:
-        data: What the ranker knows.
-        ranker: The ranker's name, for the message.
-        needed: Modalities that it cannot do without.
-
-    Raises:
-        DataError: There are none, or one is missing that is needed.
-    """
-    given = {modality: data.features[modality] for modality in MODALITIES if modality in data.features}
-    missing = [modality for modality in needed if modality not in given]
-    if missing:
-        raise DataError(
-            f"{ranker} needs the items' {' and '.join(missing)}: give --{' and --'.join(missing)}"
-        )
-    if not given:
-        raise DataError(f"{ranker} needs what the items' texts or images say: give --text, --image or both")
-    return given
-
-
-def xavier_projection(features: Features, width: int, *, bias: bool = True) -> Projection:
-    """Returns a projection of frozen features to a width, initialized Xavier-uniform."""
-    projection = Projection(features, width, bias)
-    nn.init.xavier_uniform_(projection.linear.weight)
-    return projection

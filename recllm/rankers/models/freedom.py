@@ -38,13 +38,20 @@ from recllm.graphs.propagation import (
     trained_only,
 )
 from recllm.rankers.batches import Batch
-from recllm.rankers.bpr import codes_of, compare, rows_of, xavier_table
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
 from recllm.rankers.item_graphs import neighbors_of
+from recllm.rankers.pairs import (
+    MODALITIES,
+    compare,
+    content_of,
+    item_codes,
+    rows_of,
+    xavier_projection,
+    xavier_table,
+)
 from recllm.rankers.ranker import PairRanker, Without
 from recllm.rankers.training_data import TrainingData
-from recllm.rankers.vbpr import MODALITIES, content_of, xavier_projection
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,7 @@ class FREEDOM(PairRanker):
     def loss(self, batch: Batch, criterion: Criterion, *, without: Without = ()) -> Tensor:
         """Compares the batch's pairs by the items' vectors, and by their projected features."""
         users, items = rows_of(*self.vectors(without=without), batch)
-        numbers = codes_of(batch) + 1
+        numbers = item_codes(batch) + 1
         by_content = sum(
             compare(users, self.get_submodule(each)(numbers, zeroed=each in without), criterion)
             for each in self.modalities

@@ -14,12 +14,12 @@ import polars as pl
 import torch
 
 from recllm.errors import BusyError, DataError
-from recllm.files import staged_folder, write_json
+from recllm.files import MANIFEST, staged_folder, write_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BITS = {"float32": np.dtype("<u4"), "bfloat16": np.dtype("<u2"), "float16": np.dtype("<u2")}
 """How numpy sees each type: it has no bfloat16."""
-TOKENS, INDEX, MANIFEST = "tokens.bin", "index.parquet", "manifest.json"
+TOKENS, INDEX = "tokens.bin", "index.parquet"
 _LINES = "journal.jsonl"
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from recllm.mllm.prefix.attention import GroupLayout
+from recllm.mllm.prefix.groups import Group, Prompt
 from recllm.mllm.processor import token_kinds
-from recllm.mllm.scoring.attention import GroupLayout
-from recllm.mllm.scoring.prompts import Group, Prompt
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel

@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import polars as pl
 
-from recllm.errors import DataError
+from recllm.data.texts import COLUMNS, METADATA_KEY, check_unique
 from recllm.files import write_file
 from recllm.mllm.generation.run import Generated
 
-METADATA_KEY = "recllm.texts"
 UNUSABLE_LISTED = 1000
 _ROW_GROUP = 16_384
-_COLUMNS = ("text", "prompt_hash", "prompt_tokens", "tokens", "finish")
 
 
 def write_texts(
@@ -47,11 +44,11 @@ def write_texts(
         ValueError: An extra column has another length or a taken name.
     """
     extra = dict(extra or {})
-    if taken := {id_name, *_COLUMNS} & set(extra) or ({id_name} & set(_COLUMNS)):
+    if taken := {id_name, *COLUMNS} & set(extra) or ({id_name} & set(COLUMNS)):
         raise ValueError(f"the column names {sorted(taken)} are taken")
     if wrong := [name for name, values in extra.items() if len(values) != len(generated)]:
         raise ValueError(f"extra column {wrong[0]!r}: expected {len(generated)} values")
-    _check_unique(generated.ids, path)
+    check_unique(generated.ids, path)
     write_file(path, lambda temporary: _write(temporary, generated, id_name, metadata, extra))
 
 
@@ -100,37 +97,3 @@ def _write(
             flush()
         content = {**metadata, "unusable": unusable, "unusable_count": unusable_count}
         writer.add_key_value_metadata({METADATA_KEY: orjson.dumps(content, option=orjson.OPT_SORT_KEYS)})
-
-
-def read_texts(path: Path, *, id_name: str = "id") -> tuple[pl.DataFrame, dict[str, Any]]:
-    """Reads texts and their metadata.
-
-    Args:
-        path: A file that `write_texts` made.
-        id_name: What the id column is called.
-
-    Raises:
-        DataError: The file is missing, is not one of texts, or has an id twice.
-    """
-    path = Path(path)
-    try:
-        metadata = pl.read_parquet_metadata(path).get(METADATA_KEY)
-        frame = pl.read_parquet(path, glob=False)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such file; run the builder that writes it first.") from None
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise DataError(f"{path} is not readable as parquet ({error}); make it again.") from None
-    absent = [name for name in (id_name, *_COLUMNS) if name not in frame.columns]
-    if metadata is None or absent:
-        what = f"it lacks the column {absent[0]!r}" if absent else "it lacks the metadata of one"
-        raise DataError(f"{path} is not a file of texts: {what}; make it with a recllm builder.")
-    _check_unique(frame[id_name].to_list(), path)
-    return frame, orjson.loads(metadata)
-
-
-def _check_unique(ids: Sequence[str], path: Path) -> None:
-    if len(set(ids)) == len(ids):
-        return
-    seen: set[str] = set()
-    twice = next(each for each in ids if each in seen or seen.add(each))
-    raise DataError(f"{path}: the id {twice!r} stands twice; each text needs an id of its own.")

@@ -11,15 +11,15 @@ import polars as pl
 
 from recllm.data.candidate_files import Candidates
 from recllm.data.candidates import FullRanking, Mask
+from recllm.data.coding import codes_of
 from recllm.data.origins import made, made_metadata
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
 from recllm.evaluation.coverage import Coverage, Pool, covered_columns, fill_catalog, fill_lists
 from recllm.evaluation.full_ranking import Scores, rank_catalog
 from recllm.evaluation.ranks import refuse_equal_scores
+from recllm.evaluation.top_k import write_stage
 from recllm.files import write_file
-from recllm.retrieval.profiles import codes_of
-from recllm.retrieval.top_k import write_stage
 
 
 class ScoreOptions(Protocol):

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 
 from recllm.errors import DataError
-from recllm.mllm.images import MAX_ASPECT, decode_image, image_size, read_image_bytes
 from recllm.mllm.processor import has_pixel_budget, image_text
+from recllm.mllm.vision.images import MAX_ASPECT, decode_image, image_size, read_image_bytes
 
 
 class BudgetError(DataError):
@@ -127,7 +127,7 @@ class ImageTokens:
         """Decodes an image file to the size of which the processor makes exactly `count_file(path)` tokens.
 
         Raises:
-            ImageError: As `recllm.mllm.images.load_image`.
+            ImageError: As `recllm.mllm.vision.images.load_image`.
         """
         return self.decode(read_image_bytes(path), path)
 

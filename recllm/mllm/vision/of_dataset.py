@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
+from recllm import processes
 from recllm.data.image_hashes import ImageHashes
 from recllm.errors import DataError
-from recllm.mllm import ranks
-from recllm.mllm.images import map_in_threads, resolve_image
-from recllm.mllm.token_budget import ImageTokens
-from recllm.mllm.visual_journal import BITS, DTYPES, MANIFEST
-from recllm.mllm.visual_store import NoUsableImage, VisualStore, build_visual_store, image_key
-from recllm.mllm.visual_tower import store_identity, unwrapped
+from recllm.files import MANIFEST
+from recllm.mllm.vision.building import BITS, DTYPES
+from recllm.mllm.vision.images import map_in_threads, resolve_image
+from recllm.mllm.vision.store import NoUsableImage, VisualStore, build_visual_store, image_key
+from recllm.mllm.vision.token_budget import ImageTokens
+from recllm.mllm.vision.tower import store_identity, unwrapped
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
@@ -76,7 +77,7 @@ def open_visual_store(
     if images is None:
         images = pl.read_parquet(dataset / "items.parquet", glob=False)["images"].explode().drop_nulls()
     paths = [resolve_image(dataset, image) for image in images.unique().sort()]
-    rank, world = (ranks.rank(), ranks.world_size()) if together else (0, 1)
+    rank, world = (processes.rank(), processes.world_size()) if together else (0, 1)
     keys = _Keys(dataset)
     store, missing = _with_what_lacks(folder, loaded, paths, keys)
     begin = 1 + max([int(part.name.removeprefix(_PART)) for part in _parts(folder)[1]], default=-1)
@@ -153,7 +154,7 @@ def _encode(loaded: LoadedModel, share: list[Path], part: Path, dtype: str) -> N
     """Writes a part; nothing where none of its images can be used."""
     with contextlib.suppress(NoUsableImage):
         build_visual_store(
-            loaded.model, loaded.processor, share, part, dtype=dtype, progress=ranks.rank() == 0
+            loaded.model, loaded.processor, share, part, dtype=dtype, progress=processes.rank() == 0
         )
 
 
@@ -186,7 +187,7 @@ def _bytes(loaded: LoadedModel, paths: list[Path], dtype: str) -> int:
 
 def _any(own: bool, together: bool) -> bool:
     """Waits for the other ranks where they come here, too; tells whether one of them says so."""
-    return bool(ranks.sum_over_ranks([own])[0]) if together else own
+    return bool(processes.sum_over_ranks([own])[0]) if together else own
 
 
 def _against(pays: bool, estimate: int, free: int, new: int, used: int) -> str | None:

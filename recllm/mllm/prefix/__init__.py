@@ -1,0 +1,1 @@
+"""Packed groups of prompts that share a prefix: training and scoring both use them."""

@@ -1,0 +1,1 @@
+"""Images for a multimodal LLM: reading, token budgets, the vision tower, and a store of its outputs."""
