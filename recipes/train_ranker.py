@@ -13,7 +13,8 @@ from __future__ import annotations
 from recllm.config import run_command
 from recllm.rankers.fit import fit
 from recllm.rankers.options import TrainRankerOptions, class_of_arguments
-from recllm.rankers.run_folder import begin_run, keep_run, make_ranker, open_run, release
+from recllm.rankers.run_folder import begin_run, keep_run, make_ranker, open_run
+from recllm.runs.folder import release_run
 
 
 def main(options: TrainRankerOptions) -> None:
@@ -33,7 +34,7 @@ def main(options: TrainRankerOptions) -> None:
 
     # -- What is kept: the best epoch's weights, metrics, log -----------------------------------------------
     keep_run(options, run, fitted, ranker)
-    release(lock)
+    release_run(lock)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ from recllm.data.dataset import describe_file, hash_of_files
 from recllm.data.origins import Origin, check_same_origin
 from recllm.errors import DataError
 from recllm.files import MANIFEST, read_json
+from recllm.runs.folder import SFT
 
-TRAINED = ("sft run", "exported model")
+TRAINED = (SFT, "exported model")
 """Kinds of folders whose weights were trained on instruction rows, as their manifests state."""
 
 

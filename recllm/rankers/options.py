@@ -20,6 +20,7 @@ from recllm.config import peek
 from recllm.errors import DataError
 from recllm.rankers import RANKERS, ranker_class
 from recllm.rankers.fit import FitOptions
+from recllm.runs.folder import setting_differences, settings_of
 
 # What may differ between a run and its resumption: it changes neither a weight nor the chosen epoch. Split
 # and features are compared by their hashes.
@@ -74,25 +75,13 @@ class TrainRankerOptions(FitOptions):
 
     def as_json(self) -> dict[str, Any]:
         """Returns all options as a manifest keeps them."""
-        return {
-            name: str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for name, value in asdict(self).items()
-        }
+        return settings_of(self)
 
     def differences(self, settings: dict[str, Any]) -> list[str]:
         """Returns what would make a resumed run another one, as `name: then, now`."""
-        now = self.as_json()
-        return [
-            f"{name}: {settings.get(name)} then, {now[name]} now"
-            for name in now
-            if name not in _FREE_ON_RESUME
-            and settings.get(name) != now[name]
-            and not (name == "epochs" and self.valid_every == 1)  # else the old last epoch was validated too
-        ]
+        # With validation after every epoch the old last epoch was validated as it would be in a longer run.
+        epochs = ("epochs",) if self.valid_every == 1 else ()
+        return setting_differences(settings_of(self), settings, (*_FREE_ON_RESUME, *epochs))
 
 
 def check_config(config: Any) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +11,7 @@ from typing import Any, BinaryIO
 from recllm.data.origins import Origin, check_same_origin
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import BusyError, DataError
-from recllm.files import MANIFEST, read_json, refuse_nested, staged_folder, write_json
+from recllm.files import MANIFEST, refuse_nested, staged_folder, write_json
 from recllm.processes import rank, sum_over_ranks
 from recllm.rankers import ranker_class
 from recllm.rankers.feature_order import needs_order
@@ -25,9 +23,17 @@ from recllm.rankers.ranker import PairRanker, Ranker, check_needs
 from recllm.rankers.ranking import check_users_are_served
 from recllm.rankers.saving import LAST, load_weights
 from recllm.rankers.training_data import TrainingData
+from recllm.runs.folder import (
+    FINISHED,
+    RANKER,
+    TRAINING,
+    check_resumable,
+    find_run,
+    lock_run,
+    read_manifest,
+)
 from recllm.runs.provenance import describe_run
 
-KIND = "ranker run"
 METRICS = "metrics.json"
 
 
@@ -70,12 +76,12 @@ def open_run(options: TrainRankerOptions) -> RankerRun:
         data = TrainingData.of(split, read_modalities(options, split))
     if begun is None:
         return RankerRun(path, split, data)
-    manifest = _manifest(options, split, data, "training")
+    manifest = _manifest(options, split, data, TRAINING)
     for name in ("data_hash", "split_hash", "features"):
         if begun.get(name) != manifest[name]:
             raise DataError(f"{path} was begun with other {name.replace('_', ' ')}; give another --out")
     longer = any(getattr(options, name) > begun["settings"][name] for name in ("epochs", "patience"))
-    return RankerRun(path, split, data, True, begun["status"] == "finished" and not longer)
+    return RankerRun(path, split, data, True, begun["status"] == FINISHED and not longer)
 
 
 def make_ranker(options: TrainRankerOptions, data: TrainingData) -> Ranker:
@@ -100,15 +106,15 @@ def begin_run(options: TrainRankerOptions, run: RankerRun) -> BinaryIO | None:
     """
     lock = None
     if rank() == 0:
-        lock = _locked(run.path)
+        lock = lock_run(run.path)
         if (_begun(run.path, options) is not None) != run.resumed:
             raise BusyError(f"{run.path}: another process has trained in it meanwhile; look at it again")
-        manifest = _manifest(options, run.split, run.data, "training")
+        manifest = _manifest(options, run.split, run.data, TRAINING)
         if run.resumed:
             write_json(run.path / MANIFEST, manifest)
         else:
             refuse = partial(refuse_nested, own=(LAST,))
-            with staged_folder(run.path, kind=KIND, overwrite=True, refuse=refuse) as staging:
+            with staged_folder(run.path, kind=RANKER, overwrite=True, refuse=refuse) as staging:
                 write_json(staging / MANIFEST, manifest)
     sum_over_ranks([0])
     return lock
@@ -128,7 +134,7 @@ def keep_run(options: TrainRankerOptions, run: RankerRun, fitted: Fitted, ranker
             "parameters": sum(parameter.numel() for parameter in ranker.parameters()),
         }
         write_json(run.path / METRICS, metrics)
-        write_json(run.path / MANIFEST, _manifest(options, run.split, run.data, "finished"))
+        write_json(run.path / MANIFEST, _manifest(options, run.split, run.data, FINISHED))
         best = fitted.valid[options.valid_metric]
         print(
             f"{run.path}: best epoch {fitted.best_epoch} of {fitted.epochs}, validation "
@@ -166,12 +172,10 @@ def load_run(
     """
     import torch
 
-    manifest = read_json(path / MANIFEST, "a run of a ranker (made by recipes/train_ranker.py)")
-    if manifest.get("kind") != KIND:
-        raise DataError(f"{path} is no run of a ranker; expected what recipes/train_ranker.py makes")
+    manifest = read_manifest(path, RANKER)
+    if manifest.get("status") != FINISHED:
+        raise DataError(f"{path}: its training has not ended; --resume auto resumes it")
     try:
-        if manifest["status"] != "finished":
-            raise DataError(f"{path}: its training has not ended; --resume auto goes on with it")
         options = from_json(manifest["settings"])
         trained_on = Origin.of_manifest(path, manifest, "was trained on")
         fingerprints = {name: each["fingerprint"] for name, each in manifest["features"].items()}
@@ -261,54 +265,20 @@ def from_json(settings: dict[str, Any]) -> TrainRankerOptions:
     )
 
 
-def _locked(path: Path) -> BinaryIO:
-    """Locks a file beside the folder, which may be replaced as a whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.parent / f".{path.name}.lock"
-    while True:
-        lock = beside.open("wb")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            raise BusyError(f"{path}: another process trains in it; wait for it, or end it first") from None
-        if beside.exists() and beside.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-            return lock
-        lock.close()  # its last owner has removed it between our opening and locking
-
-
-def release(lock: BinaryIO | None) -> None:
-    """Lets other processes have the folder."""
-    if lock is not None:
-        Path(lock.name).unlink(missing_ok=True)
-        lock.close()
-
-
 def _begun(path: Path, options: TrainRankerOptions) -> dict[str, Any] | None:
     """Returns the manifest of the run to go on with; None where a new one begins."""
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    manifest = find_run(path, RANKER)
+    if manifest is None or options.overwrite:
         return None
-    manifest = read_json(path / MANIFEST, "a run") if (path / MANIFEST).is_file() else {}
-    if manifest.get("kind") != KIND:
-        raise DataError(f"{path} is there and is no run of a ranker; give another --out")
-    if options.overwrite or (manifest["status"] == "training" and not (path / LAST).exists()):
-        return None  # nothing to lose, nothing to go on from
-    if options.resume == "none":
-        raise DataError(
-            f"{path} exists already; give --resume auto to go on with it, --overwrite to replace it, or "
-            "another --out"
-        )
-    if differences := options.differences(manifest["settings"]):
-        raise DataError(
-            f"{path} was begun with other settings ({'; '.join(differences)}); resume it with its own, or "
-            "give another --out"
-        )
+    if manifest["status"] == TRAINING and not (path / LAST).exists():
+        return None  # nothing to lose, nothing to resume from
+    check_resumable(path, resume=options.resume, differences=options.differences(manifest["settings"]))
     return manifest
 
 
 def _manifest(options: TrainRankerOptions, split: Split, data: TrainingData, status: str) -> dict[str, Any]:
     return {
-        "kind": KIND,
+        "kind": RANKER,
         "status": status,
         "ranker": options.ranker,
         "settings": options.as_json(),

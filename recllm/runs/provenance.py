@@ -1,4 +1,4 @@
-"""What a run says of itself: the command, the package versions and the git revision, for every manifest."""
+"""Provenance: command, package versions and git revision, for every manifest."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe_machine() -> str:
 
 def git_revision() -> str | None:
     """Returns the revision of the checkout recllm runs from (`+changes` where edited), else None."""
-    folder = Path(__file__).resolve().parent
+    folder = Path(recllm.__file__).resolve().parent
     if not (folder.parent / ".git").exists():
         return None
     try:

@@ -12,8 +12,7 @@ import numpy as np
 
 from recllm.errors import DataError
 from recllm.files import MANIFEST, read_json
-
-KINDS = ("sft run", "ranker run")
+from recllm.runs.folder import KINDS, RANKER
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class Run:
     @property
     def unit(self) -> str:
         """What a line of the log counts."""
-        return "epoch" if self.manifest.get("kind") == "ranker run" else "step"
+        return "epoch" if self.manifest.get("kind") == RANKER else "step"
 
     @property
     def best_step(self) -> float | None:

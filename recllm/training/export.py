@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from recllm.errors import DataError
-from recllm.files import MANIFEST, read_json, sha256, staged_folder, write_json
+from recllm.files import MANIFEST, sha256, staged_folder, write_json
+from recllm.runs.folder import SFT, read_manifest
 from recllm.runs.provenance import describe_run
 
 if TYPE_CHECKING:
@@ -152,13 +153,9 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         DataError: The folder is not a run's, or its training has not ended.
     """
-    manifest = read_json(run / MANIFEST, "a run's folder")
-    if manifest.get("kind") != "sft run":
-        raise DataError(
-            f"{run}: a {manifest.get('kind') or 'folder of another kind'}, not a run of recipes/sft.py"
-        )
+    manifest = read_manifest(run, SFT)
     if "parts" not in manifest or not any((run / name).is_file() for name in _WEIGHTS):
-        raise DataError(f"{run}: its training has not ended; run the same command again to go on with it")
+        raise DataError(f"{run}: its training has not ended; run the same command again to resume it")
     return manifest
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import fcntl
 import shutil
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
@@ -11,9 +10,18 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from recllm.data.instructions import InstructionPart, check_trained_on, open_part
 from recllm.data.origins import Origin, check_same_origin
-from recllm.errors import BusyError, DataError
+from recllm.errors import DataError
 from recllm.files import MANIFEST, read_json, refuse_nested, write_file, write_json
 from recllm.processes import rank, sum_over_ranks, world_size
+from recllm.runs.folder import (
+    FINISHED,
+    SFT,
+    TRAINING,
+    check_resumable,
+    find_run,
+    lock_run,
+    release_run,
+)
 from recllm.runs.log import read_log
 from recllm.runs.provenance import describe_run
 from recllm.training.checkpoints import complete_checkpoints, is_complete, step_of
@@ -23,8 +31,6 @@ if TYPE_CHECKING:
     from recllm.training.sft import TrainableModel, TrainingData
     from recllm.training.trainer import RecSFTTrainer
 
-KIND = "sft run"
-LOCK = ".lock"
 _KEPT = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")  # of the best checkpoint
 _OF_TRAINING = ("trainer_state.json", "complete.json")
 
@@ -52,8 +58,7 @@ class RunFolder:
 
     def __exit__(self, *raised: object) -> None:
         """Releases the folder for other processes; the end of this process does so as well."""
-        if self.lock is not None:
-            self.lock.close()
+        release_run(self.lock)
 
     @property
     def checkpoints(self) -> Path:
@@ -92,12 +97,13 @@ def open_run(options: SFTOptions) -> RunFolder:
     if rank() == 0 and run.finished:
         print(f"{run.path} is finished; --overwrite trains it again")
     elif rank() == 0:
-        run = replace(run, lock=_locked(run.path))
+        run = replace(run, lock=lock_run(run.path))
         if run.checkpoint is None:
             refuse_nested(run.path)
+            run.path.mkdir(parents=True, exist_ok=True)
             _empty(run.path)
             run.checkpoints.mkdir()
-            write_json(run.path / MANIFEST, _manifest(options, run, "training"))
+            write_json(run.path / MANIFEST, _manifest(options, run, TRAINING))
         else:
             print(f"going on from {run.checkpoint}", flush=True)
     sum_over_ranks([0])
@@ -125,7 +131,7 @@ def keep_run(
         write_json(
             run.path / MANIFEST,
             {
-                **_manifest(options, run, "finished"),
+                **_manifest(options, run, FINISHED),
                 "model": model.loaded.identity,
                 "parts": [list(astuple(each)) for each in model.counts],
                 "ranks": world_size(),
@@ -172,30 +178,18 @@ def _begun(path: Path) -> bool:
     Raises:
         DataError: Something else is there.
     """
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    manifest = find_run(path, SFT)
+    if manifest is None:
         return False
-    if not (path / MANIFEST).is_file() or read_json(path / MANIFEST, "a run").get("kind") != KIND:
-        raise DataError(f"{path} is there and is no run of this recipe; give another --out")
-    finished = read_json(path / MANIFEST, "a run")["status"] == "finished"
+    finished = manifest["status"] == FINISHED
     return finished or bool(complete_checkpoints(path / "checkpoints"))
-
-
-def _locked(path: Path) -> BinaryIO:
-    path.mkdir(parents=True, exist_ok=True)
-    lock = (path / LOCK).open("wb")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise BusyError(f"{path}: another process trains in it; wait for it, or end it first") from None
-    return lock
 
 
 def _empty(path: Path) -> None:
     for entry in sorted(path.iterdir(), key=lambda entry: entry.name == MANIFEST):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
-        elif entry.name != LOCK:
+        else:
             entry.unlink()
 
 
@@ -209,18 +203,9 @@ def _check_reports(options: SFTOptions) -> None:
 
 def _resumed(options: SFTOptions, run: RunFolder) -> RunFolder:
     """Returns where the run in the folder goes on."""
-    if options.resume == "none":
-        raise DataError(
-            f"{run.path} exists already; give --resume auto to go on with it, --overwrite to replace it, or "
-            "another --out"
-        )
     manifest = read_json(run.path / MANIFEST, "a run")
-    if differences := options.differences(manifest["settings"]):
-        raise DataError(
-            f"{run.path} was begun with other settings ({'; '.join(differences)}); resume it with its own, "
-            "or give another --out"
-        )
-    if manifest["status"] == "finished":
+    check_resumable(run.path, resume=options.resume, differences=options.differences(manifest["settings"]))
+    if manifest["status"] == FINISHED:
         return replace(run, finished=True)
     if options.resume == "auto":
         checkpoint = (complete_checkpoints(run.checkpoints) or [None])[-1]
@@ -277,7 +262,7 @@ def _instructions(run: RunFolder) -> dict[str, Any]:
 
 def _manifest(options: SFTOptions, run: RunFolder, status: str) -> dict[str, Any]:
     return {
-        "kind": KIND,
+        "kind": SFT,
         "status": status,
         "settings": options.as_json(),
         "instructions": _instructions(run),

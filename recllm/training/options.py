@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from recllm.config import refuse_given
 from recllm.errors import DataError
+from recllm.runs.folder import setting_differences, settings_of
 
 # What may differ between a run and its resumption: it changes neither a weight nor a chosen checkpoint.
 _FREE_ON_RESUME = (
@@ -203,24 +204,11 @@ class SFTOptions:
 
     def as_json(self) -> dict[str, Any]:
         """Returns all options as a manifest keeps them, with `quantization` as `load` takes it."""
-        settings = {
-            name: str(value)
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for name, value in asdict(self).items()
-        }
-        return {**settings, "quantization": "nf4" if self.method == "qlora" else None}
+        return {**settings_of(self), "quantization": "nf4" if self.method == "qlora" else None}
 
     def differences(self, settings: dict[str, Any]) -> list[str]:
         """Returns what would make a resumed run another one, as `name: then, now`."""
-        now = self.as_json()
-        return [
-            f"{field.name}: {settings.get(field.name)} then, {now[field.name]} now"
-            for field in fields(self)
-            if field.name not in _FREE_ON_RESUME and settings.get(field.name) != now[field.name]
-        ]
+        return setting_differences(settings_of(self), settings, _FREE_ON_RESUME)
 
 
 def _flag(name: str) -> str:

@@ -196,7 +196,7 @@ def test_a_killed_run_goes_on_and_ends_as_one_that_was_left_alone(split: Split, 
     running.send_signal(signal.SIGKILL)
     running.wait()
     assert read_json(tmp_path / "cut" / "manifest.json", "")["status"] == "training"
-    with pytest.raises(DataError, match="--resume auto goes on"):
+    with pytest.raises(DataError, match=r"has not ended; --resume auto resumes it$"):
         load_run(tmp_path / "cut")
     rest = train(split, tmp_path / "cut", *flags, "--resume", "auto")
     assert rest.returncode == 0, rest.stderr
