@@ -77,14 +77,14 @@ def follow_drift(
                     chain.take(answers.key(number), prompt_hash, None if result.error else result.text)
             counts = _plus(counts, answers.counts)
             bar.update(len(answers))
-    steps = [(chain, number) for chain in chains for number in range(len(chain.keys))]
-    generated = Generated(
-        session.store,
-        [chain.request_id(number) for chain, number in steps],
-        bytearray(b"".join(chain.keys[number] for chain, number in steps)),
-        array("Q", [chain.prompt_hashes[number] for chain, number in steps]),
-        counts,
-    )
+    keys, hashes = bytearray(), array("Q")
+    for chain in chains:
+        keys += chain.keys
+        hashes.extend(chain.prompt_hashes)
+    ids = [chain.request_id(number) for chain in chains for number in range(chain.done)]
+    generated = Generated(session.store, ids, keys, hashes, counts)
+    windows_done = [chain.windows[: chain.done] for chain in chains]
+    cuts = np.concatenate(windows_done) if windows_done else np.empty((0, 2), np.int32)
     split = histories.split
     facts = {
         "split": split.protocol,
@@ -97,12 +97,12 @@ def follow_drift(
         "item_texts": told.name,
         "item_texts_sha256": told.sha256,
         "users": len(users),
-        "users_without_summary": sum(not chain.keys for chain in chains),
+        "users_without_summary": sum(not chain.done for chain in chains),
     }
     extra = {
-        "user": [chain.name for chain, _ in steps],
-        "begin": [chain.windows[number][0] for chain, number in steps],
-        "end": [chain.windows[number][1] for chain, number in steps],
+        "user": [chain.name for chain in chains for _ in range(chain.done)],
+        "begin": cuts[:, 0].astype(np.int64),
+        "end": cuts[:, 1].astype(np.int64),
     }
     path = drift_path(session, histories.part)
     session.write(name, generated, decoding, [template], facts, extra, path)
@@ -116,8 +116,9 @@ class _Chain:
 
     Attributes:
         name: The user's id.
-        windows: (begin, end) of each, in the user's history, ascending.
-        keys: The request of each window summarized.
+        windows: (begin, end) of each, in the user's history, ascending; int32, shape [windows, 2].
+        done: How many of them were asked about.
+        keys: The keys of their requests, one after the other.
         prompt_hashes: The hashes of their prompts.
     """
 
@@ -136,52 +137,60 @@ class _Chain:
         self._ratings = ratings
         self.name: str = session.dataset.users["user"][user]
         bounds = options.window, options.step, options.max_history
-        self.windows = sorted({cut for end in histories.cuts(user) for cut in latest_windows(end, *bounds)})
+        cuts = sorted({cut for end in histories.cuts(user) for cut in latest_windows(end, *bounds)})
+        self.windows = np.array(cuts, np.int32).reshape(-1, 2)
         self._step, self._window = options.step, options.window
-        self._full = {begin for begin, end in self.windows if end - begin == options.window}
-        self._summaries: dict[int, str] = {}  # of full windows, by where these begin
-        self.keys: list[bytes] = []
-        self.prompt_hashes: list[int] = []
+        self._latest: tuple[int, str] | None = None  # where the latest full window begins, its summary
+        self.done = 0
+        self.keys = bytearray()
+        self.prompt_hashes = array("Q")
 
     @property
     def waiting(self) -> int:
         """How many windows are asked about next: those that begin where the next one does."""
-        rest = self.windows[len(self.keys) :]
-        return sum(begin == rest[0][0] for begin, _ in rest)
+        begins = self.windows[self.done :, 0]
+        return int((begins == begins[0]).sum())
 
     def goes_on(self) -> bool:
         """Tells whether there is a window left; a full window without an answer ends the chain."""
-        if len(self.keys) == len(self.windows):
+        if self.done == len(self.windows):
             return False
-        earlier = self.windows[len(self.keys)][0] - self._step
-        return earlier not in self._full or earlier in self._summaries
+        earlier = int(self.windows[self.done, 0]) - self._step
+        full = (earlier, earlier + self._window) == self.windows[: self.done]
+        return not full.all(1).any() or self._summary(earlier) is not None
+
+    def _summary(self, begin: int) -> str | None:
+        """Returns the summary of the latest full window, if it begins there."""
+        return self._latest[1] if self._latest is not None and self._latest[0] == begin else None
 
     def told_windows(self) -> list[tuple[str, bytes]]:
-        return [(self.name, self._items[:end].tobytes()) for _, end in self.windows]
+        return [(self.name, self._items[:end].tobytes()) for end in self.windows[:, 1].tolist()]
 
     def request_id(self, number: int) -> str:
         return f"{self.name}#{number}"
 
     def requests(self, template: Template) -> Iterator[Request]:
-        first = len(self.keys)
-        for number, (begin, end) in enumerate(self.windows[first : first + self.waiting], first):
+        first = self.done
+        cuts = self.windows[first : first + self.waiting].tolist()
+        for number, (begin, end) in enumerate(cuts, first):
             lines = [
                 rated(self._catalog.told(item, self._told), row, self._ratings)
                 for item, row in zip(
                     self._items[begin:end].tolist(), self._rows[begin:end].tolist(), strict=True
                 )
             ]
-            previous = self._summaries.get(begin - self._step, "")
+            previous = self._summary(begin - self._step) or ""
             prompt = window_prompt(self._catalog, template, lines, previous)
             yield Request(self.request_id(number), (message("user", prompt),))
 
     def take(self, key: bytes, prompt_hash: int, text: str | None) -> None:
         """Keeps the answer about the next window; None where there is none."""
-        begin, end = self.windows[len(self.keys)]
+        begin, end = self.windows[self.done].tolist()
         if text is not None and end - begin == self._window:
-            self._summaries[begin] = text
-        self.keys.append(key)
+            self._latest = begin, text
+        self.keys += key
         self.prompt_hashes.append(prompt_hash)
+        self.done += 1
 
 
 def latest_windows(length: int, window: int, step: int, most: int) -> list[tuple[int, int]]:

@@ -20,10 +20,8 @@ from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions
 from recllm.builders.preferences import Preferences
 from recllm.builders.prompt_length import PromptLength
-from recllm.data.candidate_files import Candidates, read_candidates
+from recllm.data.candidate_files import CandidateLists, read_candidates
 from recllm.data.splits import Split
-from recllm.data.tables import describe
-from recllm.errors import DataError
 from recllm.evaluation.top_k import TopK
 from recllm.mllm.chat import IMAGE_PART, Request, message
 from recllm.mllm.vision.images import resolve_image
@@ -92,7 +90,7 @@ class InstructionBuilder:
         if options.candidates is not None and part != "train":
             candidates = read_candidates(split, options.candidates, part)
             self.candidates = candidates.fingerprint
-            self._candidates, self.protocol = _negatives_of(candidates, split), candidates.protocol
+            self._candidates, self.protocol = CandidateLists(candidates, split), candidates.protocol
         self._listed = None
         if top is not None:
             self._listed, self.protocol = top.lists_for(split, part), top.reranked_protocol  # type: ignore[arg-type]
@@ -133,7 +131,7 @@ class InstructionBuilder:
         if self.part != "train":
             return targets
         if self.preferences is not None:
-            ends = set(self.preferences.ends(self._user_ids[user]))
+            ends = set(self.preferences.ends(self._user_ids[user]).tolist())
             passed_over = [target for target in targets if target.known not in ends]
             self.counts["targets_passed_over_without_summary"] += len(passed_over)
             targets = [target for target in targets if target.known in ends]
@@ -154,13 +152,7 @@ class InstructionBuilder:
         """The negatives of a target that it does not have by explicit dislikes. The targets of one held-out
         part are no negatives of each other; training knows of no held-out part."""
         if self._candidates is not None:
-            name = self._user_ids[user], self._item_ids[target.item]
-            if name not in self._candidates:
-                raise DataError(
-                    f"{self.split.folder}/candidates/{self.options.candidates}: no list for user {name[0]!r} "
-                    f"and target {name[1]!r}; make the candidates again"
-                )
-            return self._candidates[name]
+            return self._candidates.negatives(user, target.item)
         wanted = self.options.negatives - explicit
         drawn = self.sampler.draw(user, target, known_items, wanted) if wanted else []
         self.counts["explicit_negatives"] += explicit
@@ -241,22 +233,6 @@ class InstructionBuilder:
         self.counts["history_items_left_out"] += (chats.most_listed - listed) * len(items)
         self.counts["longest_prompt_tokens"] = max(self.counts["longest_prompt_tokens"], tokens)
         return listed
-
-
-def _negatives_of(candidates: Candidates, split: Split) -> dict[tuple[str, str], list[int]]:
-    """Returns the negatives of each (user, target) as item codes, in the file's order.
-
-    Raises:
-        DataError: The file names an item that the dataset does not have.
-    """
-    codes = split.dataset.items.select("item").with_row_index("code")
-    table = candidates.frame.join(codes, on="item", how="left", maintain_order="left")
-    if (unknown := table.filter(pl.col("code").is_null())).height:
-        named = describe(unknown.row(0, named=True))
-        raise DataError(f"{candidates.path}: {named}: no such item in {split.dataset.folder}")
-    negatives = pl.col("code").filter(pl.col("label") == 0)
-    lists = table.group_by("user", "target", maintain_order=True).agg(negatives)
-    return {(user, target): items for user, target, items in lists.iter_rows()}
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]], block: int = 2048) -> None:

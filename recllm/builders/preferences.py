@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from recllm.data.origins import Origin, check_same_origin
@@ -37,19 +36,30 @@ class Summary:
 
 
 class Preferences:
-    """The summaries of all users, by how far into the history each reaches.
+    """The summaries of all users, by how far into the history each reaches; held in columns.
+
+    Args:
+        table: A row for each summary: `user`, `begin`, `end`, `text`, `prompt_hash`.
+        metadata: The file's metadata, of which `window` and `step` are read.
+        file_hash: Hash of the file.
 
     Attributes:
-        metadata: What the file says of itself.
+        metadata: The file's metadata.
         sha256: Hash of the file.
     """
 
-    def __init__(
-        self, summaries: Mapping[str, Sequence[Summary]], metadata: dict[str, Any], file_hash: str
-    ) -> None:
+    def __init__(self, table: pl.DataFrame, metadata: dict[str, Any], file_hash: str) -> None:
         self.metadata, self.sha256 = metadata, file_hash
-        self._summaries = summaries
-        self._ends = {user: [summary.end for summary in each] for user, each in summaries.items()}
+        table = table.sort("user", "end", "begin").with_row_index("place")
+        full = table.filter(pl.col("end") - pl.col("begin") == metadata["window"])
+        before = full.select("user", pl.col("begin") + metadata["step"], previous="place")
+        table = table.join(before, on=["user", "begin"], how="left", maintain_order="left")
+        self._begins, self._ends = (table[name].cast(pl.Int32).to_numpy() for name in ("begin", "end"))
+        self._previous = table["previous"].cast(pl.Int64).fill_null(-1).to_numpy()
+        self._texts, self._hashes = table["text"], table["prompt_hash"]
+        runs = table["user"].rle().struct.unnest()
+        self._offsets = np.concatenate([[0], np.cumsum(runs["len"].to_numpy(), dtype=np.int64)])
+        self._users = {user: number for number, user in enumerate(runs["value"])}
 
     @classmethod
     def open(cls, path: Path, split: Split, part: str) -> Preferences:
@@ -72,22 +82,27 @@ class Preferences:
                 f"{path} is not what TUBC wrote for the part {part!r} (it says {metadata.get('part')!r}); "
                 "another part's summaries may tell what must not be known"
             )
-        summaries: dict[str, list[Summary]] = {}
-        full = table.filter(pl.col("end") - pl.col("begin") == metadata["window"])
-        before = full.select("user", pl.col("begin") + metadata["step"], previous="text")
-        columns = table.join(before, on=["user", "begin"], how="left").sort("user", "end", "begin")
-        columns = columns.select(
-            "user", "begin", "end", "text", pl.col("previous").fill_null(""), "prompt_hash"
-        )
-        for user, *summary in columns.iter_rows():
-            summaries.setdefault(user, []).append(Summary(*summary))
-        return cls(summaries, metadata, sha256(path))
+        return cls(table.select("user", "begin", "end", "text", "prompt_hash"), metadata, sha256(path))
 
-    def ends(self, user: str) -> list[int]:
-        """Returns where the summaries of a user end, ascending."""
-        return self._ends.get(user, [])
+    def ends(self, user: str) -> np.ndarray:
+        """Returns where the summaries of a user end, ascending; int32, shape [summaries]."""
+        return self._ends[self._rows(user)]
 
     def before(self, user: str, known: int) -> Summary | None:
-        """Returns the last summary that tells nothing beyond the first `known` interactions, or None."""
-        place = bisect_right(self.ends(user), known)
-        return self._summaries[user][place - 1] if place else None
+        """Returns the last summary that covers nothing beyond the first `known` interactions, or None."""
+        rows = self._rows(user)
+        place = rows.start + int(np.searchsorted(self._ends[rows], known, side="right")) - 1
+        if place < rows.start:
+            return None
+        previous = self._previous[place]
+        return Summary(
+            int(self._begins[place]),
+            int(self._ends[place]),
+            self._texts[place],
+            self._texts[int(previous)] if previous >= 0 else "",
+            self._hashes[place],
+        )
+
+    def _rows(self, user: str) -> slice:
+        number = self._users.get(user)
+        return slice(0, 0) if number is None else slice(*self._offsets[number : number + 2].tolist())

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from recllm.data.dataset import describe_file
@@ -67,6 +68,52 @@ class Candidates:
         protocol = metadata.get("recllm.protocol") or f"candidates-{found[:12]}"
         origin = Origin.of_manifest(path, {**manifest, **hashes}, "was drawn from", candidates=found)
         return cls(path, frame, protocol, found, origin)
+
+
+class CandidateLists:
+    """The negatives of each (user, target) as item codes, held in arrays.
+
+    Args:
+        candidates: The candidates of one part of the split.
+        split: The split.
+
+    Raises:
+        DataError: The file names a user or an item that the dataset does not have.
+    """
+
+    def __init__(self, candidates: Candidates, split: Split) -> None:
+        self._path, self._dataset = candidates.path, split.dataset
+        ids = {"user": split.dataset.users["user"], "item": split.dataset.items["item"]}
+        frame = candidates.frame
+        users, targets, items = (
+            frame[name].cast(pl.Enum(ids["user" if name == "user" else "item"]), strict=False).to_physical()
+            for name in ("user", "target", "item")
+        )
+        for name, codes in (("user", users), ("target", targets), ("item", items)):
+            if codes.null_count():
+                row = describe(frame.row(int(codes.is_null().arg_max() or 0), named=True))
+                raise DataError(f"{candidates.path}: {row}: no such {name} in {split.dataset.folder}")
+        self._n_items = len(ids["item"])
+        keys = users.to_numpy().astype(np.int64) * self._n_items + targets.to_numpy()
+        negative = frame["label"].to_numpy() == 0
+        self._keys = np.unique(keys)
+        order = np.argsort(keys[negative], kind="stable")
+        self._items = items.to_numpy()[negative][order].astype(np.int32)
+        self._starts = np.searchsorted(keys[negative][order], self._keys)
+
+    def negatives(self, user: int, target: int) -> list[int]:
+        """Returns the negatives of a user's target, in the file's order.
+
+        Raises:
+            DataError: The file has no list of them.
+        """
+        key = user * self._n_items + target
+        place = int(np.searchsorted(self._keys, key))
+        if place == len(self._keys) or self._keys[place] != key:
+            names = self._dataset.users["user"][user], self._dataset.items["item"][target]
+            raise DataError(f"{self._path}: no list for user {names[0]!r} and target {names[1]!r}; {_AGAIN}")
+        ends = [*self._starts[place + 1 : place + 2].tolist(), len(self._items)]
+        return self._items[self._starts[place] : ends[0]].tolist()
 
 
 def read_candidates(split: Split, name: str, part: str) -> Candidates:
