@@ -29,13 +29,16 @@ def small_columns(path: Path, users: Collection[str] | None = None) -> pl.DataFr
 
     Returns:
         The rows in the file's order: `file_row`, and of id, user, target_row, target, item, label and images
-        those that the file has.
+        those that the file has. Images are categories: each path is held once, however many rows show it.
     """
     table = pl.scan_parquet(path, glob=False, row_index_name=FILE_ROW)
     names = table.collect_schema().names()
     if users is not None:
         table = table.filter(pl.col("user").is_in(pl.Series(users, dtype=pl.String).implode()))
-    return table.select(FILE_ROW, *(name for name in _SMALL if name in names)).collect(engine="streaming")
+    kept = table.select(FILE_ROW, *(name for name in _SMALL if name in names))
+    if "images" in names:
+        kept = kept.with_columns(pl.col("images").cast(pl.List(pl.Categorical)))
+    return kept.collect(engine="streaming")
 
 
 class PromptFile:

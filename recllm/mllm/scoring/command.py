@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,8 @@ from recllm.mllm.scoring.options import YesNoOptions
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
     from recllm.mllm.vision.store import VisualStore
+
+_STEP_BLOCK = 4096  # rows whose steps are generated at a time
 
 
 def score_yes_no(options: YesNoOptions) -> None:
@@ -62,9 +66,6 @@ def score_yes_no(options: YesNoOptions) -> None:
         probability=options.probability,
         batch_tokens=options.batch_tokens,
     )
-    if options.generate_steps:
-        whole = prompts.take(rows[FILE_ROW])
-        rows = _with_steps(whole, source.dataset, loaded, store, options.step_tokens)
     job = {
         "instructions": source.description["sha256"],
         "limit": options.limit,
@@ -82,16 +83,23 @@ def score_yes_no(options: YesNoOptions) -> None:
             )
         ),
     }
-    summary = score_into(
-        scorer,
-        rows,
-        source.dataset,
-        out,
-        job=job,
-        metadata=metadata,
-        overwrite=options.overwrite,
-        prompts=None if options.generate_steps else prompts,
-    )
+    with contextlib.ExitStack() as stack:
+        if options.generate_steps:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix=".steps-", dir=out.parent))
+            path = Path(folder) / "prompts.parquet"
+            _write_steps(path, prompts, rows, source.dataset, loaded, store, options.step_tokens)
+            rows, prompts = rows.with_columns(pl.int_range(pl.len()).alias(FILE_ROW)), PromptFile(path)
+        summary = score_into(
+            scorer,
+            rows,
+            source.dataset,
+            out,
+            job=job,
+            metadata=metadata,
+            overwrite=options.overwrite,
+            prompts=prompts,
+        )
     if summary is not None:
         print(f"{out} ({scorer.method}): {summary}")
 
@@ -181,13 +189,28 @@ def _check(options: YesNoOptions) -> None:
         raise DataError(f"--name {name!r}: expected a plain word, which is part of a file's name")
 
 
-def _with_steps(
-    rows: pl.DataFrame, dataset: Path, loaded: LoadedModel, store: VisualStore | None, tokens: int
-) -> pl.DataFrame:
+def _write_steps(
+    path: Path,
+    prompts: PromptFile,
+    rows: pl.DataFrame,
+    dataset: Path,
+    loaded: LoadedModel,
+    store: VisualStore | None,
+    tokens: int,
+) -> None:
+    """Writes the rows with steps in the model's own words, a block at a time; see `with_generated_steps`."""
+    import pyarrow.parquet as pq
+
     from recllm.mllm.generation.in_process import InProcessBackend
     from recllm.mllm.scoring.steps import with_generated_steps
     from recllm.mllm.store import GenerationStore
 
     backend = InProcessBackend(loaded, visual_store=store)
     answers = GenerationStore.open(dataset / "generations")
-    return with_generated_steps(rows, dataset, backend, answers, tokens)
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for block in rows.iter_slices(_STEP_BLOCK):
+            built = prompts.take(block[FILE_ROW], ("id", "prompt", "images"))
+            table = with_generated_steps(built, dataset, backend, answers, tokens).to_arrow()
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd"))
+            writer.write_table(table)
