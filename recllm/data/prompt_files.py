@@ -41,6 +41,11 @@ def small_columns(path: Path, users: Collection[str] | None = None) -> pl.DataFr
     return kept.collect(engine="streaming")
 
 
+def image_paths(rows: pl.DataFrame) -> pl.Series:
+    """Returns the paths of all images that rows show, each once, in the order of the rows; text."""
+    return rows["images"].explode(empty_as_null=True).drop_nulls().unique(maintain_order=True).cast(pl.String)
+
+
 class PromptFile:
     """Reads rows of a parquet file by number, decoding one row group at a time.
 

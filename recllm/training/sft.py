@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from recllm.data.prompt_files import image_paths
 from recllm.processes import rank, sum_over_ranks, world_size
 from recllm.training import launching
 from recllm.training.options import SFTOptions
@@ -111,7 +112,7 @@ def load_data(options: SFTOptions, run: RunFolder, model: TrainableModel) -> Tra
 
         lists = Validation(loaded, parts[1], users=options.valid_users).rows
         used = pl.read_parquet(parts[0].path, columns=["images"], glob=False, n_rows=options.limit)
-        used = pl.concat([used["images"], lists["images"]]).explode().drop_nulls()
+        used = pl.concat([image_paths(used), image_paths(lists)])
         dataset, passes = parts[0].dataset, max(1.0, options.epochs)
         store = open_visual_store(options.visual_store, loaded, dataset, used, passes=passes)
     validation = Validation(loaded, parts[1], users=options.valid_users, visual_store=store)

@@ -148,7 +148,7 @@ def test_folders_are_not_overwritten_by_mistake(sft, tmp_path):
         run_recipe(sft(max_steps=2, learning_rate=0.5, resume="auto"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "letter.txt").write_text("dear")
-    with pytest.raises(DataError, match="not a run of recipes/sft.py"):
+    with pytest.raises(DataError, match="not a run of recipes/sft"):
         run_recipe(sft(out="other", overwrite=True))
     assert (tmp_path / "other" / "letter.txt").read_text() == "dear"
 

@@ -12,7 +12,7 @@ import polars as pl
 from recllm.config import refuse_given
 from recllm.data.instructions import InstructionPart, check_trained_on, open_part
 from recllm.data.origins import made, made_metadata
-from recllm.data.prompt_files import FILE_ROW, PromptFile, small_columns
+from recllm.data.prompt_files import FILE_ROW, PromptFile, image_paths, small_columns
 from recllm.errors import DataError
 from recllm.files import MANIFEST, read_json
 from recllm.mllm.loading import LoadOptions
@@ -56,7 +56,7 @@ def score_yes_no(options: YesNoOptions) -> None:
     if options.visual_store is not None:
         from recllm.mllm.vision.of_dataset import open_visual_store
 
-        images = rows["images"].explode().drop_nulls()
+        images = image_paths(rows)
         store = open_visual_store(options.visual_store, loaded, source.dataset, images, passes=1)
     scorer = YesNoScorer(
         loaded,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recllm.data.image_hashes import ImageHashes
-from recllm.data.prompt_files import FILE_ROW
+from recllm.data.prompt_files import FILE_ROW, image_paths
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
 from recllm.mllm.prefix.groups import Prompt, contents_of
@@ -94,7 +94,7 @@ def digest_of_images(rows: pl.DataFrame, folder: Path, workers: int = 2) -> str:
         file = resolve_image(folder, path)
         return f"{path} {hashes(file) if file.is_file() else None}"
 
-    shown = rows["images"].explode(empty_as_null=True).drop_nulls().unique().sort()
+    shown = image_paths(rows).sort()
     lines = (line for _, line in map_in_threads(content, shown, workers))
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     hashes.save()
