@@ -22,7 +22,7 @@ from recllm.builders.preferences import Preferences
 from recllm.builders.prompt_length import PromptLength
 from recllm.data.candidate_files import CandidateLists, read_candidates
 from recllm.data.splits import Split
-from recllm.evaluation.top_k import TopK
+from recllm.evaluation.top_k_files import TopK
 from recllm.mllm.chat import IMAGE_PART, Request, message
 from recllm.mllm.vision.images import resolve_image
 from recllm.mllm.vision.token_budget import BudgetError

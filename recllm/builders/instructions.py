@@ -37,7 +37,7 @@ from recllm.data.dataset import Dataset, describe_file
 from recllm.data.splits import Split
 from recllm.data.texts import ItemTexts, text_path
 from recllm.errors import DataError
-from recllm.evaluation.top_k import TopK
+from recllm.evaluation.top_k_files import TopK
 from recllm.files import MANIFEST, staged_folder, write_json
 from recllm.prompts import TEMPLATES
 from recllm.prompts.templates import Template, load_templates

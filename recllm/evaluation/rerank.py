@@ -28,7 +28,7 @@ from recllm.data.tables import describe
 from recllm.errors import DataError
 from recllm.evaluation.frames import check_scores
 from recllm.evaluation.ranks import RankRecords
-from recllm.evaluation.top_k import TopK
+from recllm.evaluation.top_k_files import TopK
 
 
 def rerank(

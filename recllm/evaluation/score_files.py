@@ -18,7 +18,7 @@ from recllm.errors import DataError
 from recllm.evaluation.coverage import Coverage, Pool, covered_columns, fill_catalog, fill_lists
 from recllm.evaluation.full_ranking import Scores, rank_catalog
 from recllm.evaluation.ranks import refuse_equal_scores
-from recllm.evaluation.top_k import write_stage
+from recllm.evaluation.top_k_files import write_stage
 from recllm.files import write_file
 
 

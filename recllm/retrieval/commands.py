@@ -130,7 +130,7 @@ def rerank(options: RerankOptions) -> Path:
     """
     from recllm.evaluation.rerank import rerank as combine
     from recllm.evaluation.rerank import share_listed
-    from recllm.evaluation.top_k import TopK
+    from recllm.evaluation.top_k_files import TopK
 
     check_absent(options.out, overwrite=options.overwrite)
     read = (options.first_ranks, options.top_k, options.scores)

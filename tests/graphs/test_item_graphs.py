@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from recllm.errors import DataError
 from recllm.graphs.knn import BLOCK
 from recllm.graphs.propagation import interaction_matrix
-from recllm.rankers import item_graphs, lattice, ranker_class
+from recllm.rankers import item_graphs, ranker_class
 from recllm.rankers.features import Features
+from recllm.rankers.models import lattice
 from recllm.rankers.models.freedom import prune
 from recllm.rankers.models.smore import denoise, fuse
 from recllm.rankers.ranker import PairRanker

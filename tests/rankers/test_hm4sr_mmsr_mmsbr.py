@@ -11,10 +11,10 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from recllm.rankers import mmsbr
 from recllm.rankers.batches import Batch, Epochs, history_batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
+from recllm.rankers.models import mmsbr
 from recllm.rankers.models.hm4sr import HM4SR, HM4SRConfig, contrast
 from recllm.rankers.models.mmsbr import MMSBR, MMSBRConfig, hard_contrast, positive
 from recllm.rankers.models.mmsr import MMSR, MMSRConfig, cluster_centers, graph_of

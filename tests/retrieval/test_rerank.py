@@ -18,7 +18,7 @@ from recllm.evaluation import rank_catalog
 from recllm.evaluation.frames import check_ranks
 from recllm.evaluation.ranks import RankRecords
 from recllm.evaluation.rerank import rerank, share_listed
-from recllm.evaluation.top_k import TopK, write_stage
+from recllm.evaluation.top_k_files import TopK, write_stage
 
 
 def world(seed: int, users: int = 5, items: int = 12, levels: int = 4):
