@@ -86,6 +86,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "image_prompts",
         "REVEAL's initial prompts",
     ),
+    "embed images": (
+        "recllm.reveal.embed",
+        "EmbedImagesOptions",
+        "embed_images",
+        "item vectors from images under prompts (REVEAL), for --image of rankers",
+    ),
     "prompts ls": ("recllm.builders.commands", "ListOptions", "prompts_ls", "show the prompt templates"),
     "prompts cp": ("recllm.builders.commands", "CopyOptions", "prompts_cp", "write them as files to change"),
     "recipes ls": (

@@ -27,6 +27,7 @@ ROOMS = {
     "builders": ("data", "evaluation", "prompts", "mllm", "runs"),
     "training": ("data", "evaluation", "prompts", "mllm", "builders", "runs"),
     "report": ("data", "evaluation", "runs"),
+    "reveal": ("builders", "data", "evaluation", "mllm", "prompts", "rankers", "runs"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A visual store while it is built: what a killed build had finished is kept, and nothing else."""
+"""A store of vectors while it is built: what a killed build had finished is kept, and nothing else."""
 
 from __future__ import annotations
 
@@ -27,9 +27,15 @@ class Journal:
     """A build in progress: rows in `tokens.bin`, one line a finished batch in `journal.jsonl`, both synced.
 
     A line is written after its rows, so what a kill leaves behind the last whole line is cut off.
+
+    Args:
+        out: The folder to make; the build is in `.<name>.building` beside it.
+        head: What is built, with `dtype`, the number type of rows; another build does not go on here.
+        what: What is built, in words, for errors.
     """
 
-    def __init__(self, out: Path, head: dict[str, str]):
+    def __init__(self, out: Path, head: dict[str, Any], what: str = "visual store"):
+        self._what = what
         self._folder = out.parent / f".{out.name}.building"
         self._dtype = head["dtype"]
         self._head = head
@@ -44,7 +50,7 @@ class Journal:
             fcntl.flock(self._lines, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lines.close()
-            raise BusyError(f"{self._folder} is in use: another process builds this visual store") from None
+            raise BusyError(f"{self._folder} is in use: another process builds this {self._what}") from None
         _unshare(self._folder / TOKENS)
         self._rows = (self._folder / TOKENS).open("ab")
         try:
@@ -66,7 +72,7 @@ class Journal:
             stored = rows.to(DTYPES[self._dtype]).cpu().contiguous()
             if not torch.isfinite(stored).all():
                 raise DataError(
-                    f"image {key}: visual tokens that {self._dtype} cannot hold; use another dtype"
+                    f"{self._what}, {key}: a number that {self._dtype} cannot hold; use another dtype"
                 )
             self._rows.write(stored.view(torch.uint8).numpy())
             images.append([key, len(rows), json.dumps(notes)])

@@ -1,0 +1,1 @@
+"""REVEAL (arXiv 2606.09082): prompts that learn from feedback (FVE)."""
