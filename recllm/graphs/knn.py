@@ -10,6 +10,8 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
+from recllm.graphs.screening import Screen, can_screen
+
 BLOCK = 2**24
 """Similarities that are held at a time: 64 MiB."""
 
@@ -41,21 +43,25 @@ class Neighbors:
 
 
 @torch.no_grad()
-def nearest_neighbors(vectors: Tensor, present: Tensor, k: int, *, block: int = BLOCK) -> Neighbors:
+def nearest_neighbors(
+    vectors: Tensor, present: Tensor, k: int, *, block: int = BLOCK, screen: bool | None = None
+) -> Neighbors:
     """Finds the k nearest items of each item by cosine.
 
     An item is its own nearest neighbor and counts among the k, as in LATTICE, FREEDOM, SMORE and MLLMRec. Of
     equally similar items those with the lower number are taken. Items that are not present, and those whose
     vector is zero (it has no direction), get no neighbors and are nobody's.
 
-    Memory: the vectors, once more where not all are present, one block and the edges. Time: a matrix product
-    of all pairs.
+    Memory: the vectors, once more where not all are present, one block and the edges; half as much as the
+    vectors more where pairs are screened. Time: a matrix product of all pairs.
 
     Args:
         vectors: Shape [items, width].
         present: Which items have a vector; bool, shape [items].
         k: Neighbors of an item, itself included; fewer where there are fewer items.
         block: Similarities that are held at a time.
+        screen: Look for candidates in bfloat16 first, which finds the same neighbors (see
+            `recllm.graphs.screening`); None: where that is faster.
 
     Raises:
         ValueError: k is less than 1.
@@ -66,12 +72,19 @@ def nearest_neighbors(vectors: Tensor, present: Tensor, k: int, *, block: int = 
     known = (present & (lengths > 0)).nonzero()[:, 0]
     if len(known) < len(vectors):
         vectors, lengths = vectors[known], lengths[known]
-    k, scale, twins = min(k, len(known)), 1 / lengths, _twins(vectors)
-    rows = max(block // max(len(known), 1), 1)
-    found = [
-        _of_rows(vectors, scale, twins, slice(at, min(at + rows, len(known))), k)
-        for at in range(0, len(known), rows)
-    ]
+    k, scale = min(k, len(known)), 1 / lengths
+    screen = can_screen(vectors, k) if screen is None else screen
+    screened = Screen(vectors, scale) if screen and len(known) else None
+    twins: tuple[Tensor, Tensor] | None = None
+    rows = max(block * (2 if screened else 1) // max(len(known), 1), 1)
+    found = []
+    for at in range(0, len(known), rows):
+        part = slice(at, min(at + rows, len(known)))
+        nearest = screened.nearest(part, k) if screened else None
+        if nearest is None:
+            twins = twins or _twins(vectors)
+            nearest = _of_rows(vectors, scale, twins, part, k)
+        found.append(nearest)
     columns = torch.cat([columns for columns, _ in found]) if found else known.new_zeros((0, k))
     cosines = torch.cat([cosines for _, cosines in found]) if found else lengths.new_zeros((0, k))
     items = known.repeat_interleave(k)

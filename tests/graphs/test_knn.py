@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recllm.graphs.knn import Neighbors, nearest_neighbors
+from recllm.graphs.screening import Screen
 from tests.graphs.sizes import LargestTensor
 
 
@@ -86,3 +87,60 @@ def test_memory_is_a_block_and_not_items_by_items():
     with LargestTensor() as largest:
         nearest_neighbors(torch.randn(items, width), torch.ones(items, dtype=torch.bool), 10, block=block)
     assert largest.numbers <= block < items**2 / 40
+
+
+@given(seed=st.integers(0, 2**32 - 1), items=st.integers(400, 700), k=st.integers(1, 5), cut=st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_screening_in_bfloat16_loses_no_neighbor(seed, items, k, cut):
+    """With twins, and lengths from 1e-6 to 1e6."""
+    random = np.random.default_rng(seed)
+    vectors = 0.8 + random.standard_normal((items, 24))
+    vectors[random.integers(items, size=20)] = vectors[random.integers(items, size=20)]
+    vectors *= 10 ** random.uniform(-6, 6, (items, 1))
+    vectors = torch.from_numpy(vectors.astype(np.float32))
+    present = torch.from_numpy(random.random(items) < 0.9)
+    with Answers() as answers:
+        found = nearest_neighbors(vectors, present, k, screen=True, block=20_000 if cut else 2**24)
+    unit = torch.nn.functional.normalize(vectors.double())
+    cosine = (unit @ unit.T).fill_diagonal_(2).masked_fill(~present, -2).masked_fill(~present[:, None], -2)
+    expected = cosine.topk(k, dim=1).values[present].clamp(max=1)
+    assert found.items.view(-1, k)[:, 0].equal(present.nonzero()[:, 0])
+    assert found.neighbors.view(-1, k)[:, 0].equal(present.nonzero()[:, 0])
+    torch.testing.assert_close(found.cosines.view(-1, k).double(), expected, rtol=0, atol=2e-6)
+    assert answers.given
+
+
+def test_where_bfloat16_tells_nothing_apart_the_plain_way_answers():
+    """Cosines of 0, and more twins than are worth a second look."""
+    for vectors in (
+        torch.eye(300),
+        torch.ones(600, 24),
+        torch.cat([torch.ones(1, 24), -torch.ones(599, 24)]),
+    ):
+        present = torch.ones(len(vectors), dtype=torch.bool)
+        with Answers() as answers:
+            found = nearest_neighbors(vectors, present, 3, screen=True)
+        plain = nearest_neighbors(vectors, present, 3, screen=False)
+        assert answers.refused and not answers.given
+        assert found.neighbors.equal(plain.neighbors) and found.cosines.equal(plain.cosines)
+
+
+class Answers:
+    """Counts how often the screen has found neighbors and how often it has left that to the plain way."""
+
+    given = refused = 0
+
+    def __enter__(self) -> Answers:
+        self._patch = pytest.MonkeyPatch()
+        nearest = Screen.nearest
+
+        def counted(screen: Screen, rows: slice, k: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+            found = nearest(screen, rows, k)
+            self.given, self.refused = self.given + (found is not None), self.refused + (found is None)
+            return found
+
+        self._patch.setattr(Screen, "nearest", counted)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._patch.undo()
