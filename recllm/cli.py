@@ -132,6 +132,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "export",
         "a store as one parquet or JSONL file",
     ),
+    "retrieve neighbors": (
+        "recllm.retrieval.neighbors",
+        "NeighborOptions",
+        "find_neighbors",
+        "similar users and what they chose next, by a sequence ranker's states (MMSRARec)",
+    ),
     "score popularity": (
         "recllm.rankers.commands",
         "PopularityOptions",

@@ -40,8 +40,14 @@ def recode(codes: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return (np.cumsum(kept, dtype=np.int32) - 1)[codes]
 
 
-def codes_of(ids: pl.Series, known: pl.Series, what: str) -> np.ndarray:
-    """Returns the place of each id of candidates among the `known` ones; int64.
+def codes_of(ids: pl.Series, known: pl.Series, what: str, *, of: str = "candidates") -> np.ndarray:
+    """Returns the place of each id among the `known` ones; int64.
+
+    Args:
+        ids: The ids.
+        known: Those of the dataset.
+        what: What they name, for the error: `user` or `item`.
+        of: What they belong to, for the error.
 
     Raises:
         DataError: One is not there; the message names its row.
@@ -51,7 +57,5 @@ def codes_of(ids: pl.Series, known: pl.Series, what: str) -> np.ndarray:
     )["code"]
     if codes.null_count():
         row = codes.is_null().arg_max()
-        raise DataError(
-            f"candidates: row {row}: no {what} {ids[row]!r} in the dataset; make the candidates again"
-        )
+        raise DataError(f"{of}: row {row}: no {what} {ids[row]!r} in the dataset; make the {of} again")
     return codes.to_numpy().astype(np.int64)

@@ -53,3 +53,19 @@ def _is_sorted_within(times: np.ndarray, offsets: np.ndarray) -> bool:
     borders = offsets[1:-1]
     falls[borders[(borders > 0) & (borders < len(times))] - 1] = False
     return not falls.any()
+
+
+def places_in_time(timestamps: np.ndarray | None, rows: int) -> np.ndarray:
+    """Returns the place of each interaction in the order of time, and then of the log.
+
+    Args:
+        timestamps: The time of each row; shape [rows]; None where input order is time order.
+        rows: How many interactions the log has.
+
+    Returns:
+        int64, shape [rows]: `a` precedes `b` if `places[a] < places[b]`.
+    """
+    places = np.arange(rows)
+    if timestamps is not None:
+        places[np.argsort(timestamps, kind="stable")] = np.arange(rows)
+    return places
