@@ -10,7 +10,10 @@ with content are often the popular ones, a system gains by covering less. There 
   be anywhere. With meaningless scores every metric is that of a random order, whatever is covered. (A tie at
   the mean or the median does not achieve this: the first places still belong to the few covered items.)
 * Pool `covered`: candidates and targets are the covered items alone. This is a protocol of its own, named by
-  the set of these items, so that two sets never share a table.
+  the set of these items, so that two sets never share a table. A system that needs no content (popularity,
+  rankers of item numbers) is ranked in the same pool when it is told which content makes it.
+
+A third pool, `cold`, holds the items without a training interaction: only content can rank these.
 """
 
 from __future__ import annotations
@@ -29,8 +32,15 @@ from recllm.evaluation.full_ranking import Scores, score_blocks
 
 if TYPE_CHECKING:
     from recllm.data.candidates import FullRanking
+    from recllm.data.splits import Split
 
-Pool = Literal["all", "covered"]
+Pool = Literal["all", "covered", "cold"]
+
+
+def cold_items(split: Split) -> np.ndarray:
+    """Returns which items have no training interaction; bool, shape [items]."""
+    dataset = split.dataset
+    return np.bincount(dataset.item_codes[split.rows("train")], minlength=len(dataset.items)) == 0
 
 
 @dataclass(frozen=True)
@@ -38,12 +48,14 @@ class Coverage:
     """How much of what it ranks a system has content for.
 
     Attributes:
-        pool: `all` or `covered`.
-        items: Items of the catalog with content.
-        of_items: Items of the catalog.
-        targets: Targets with content, of the part that was ranked.
-        of_targets: Targets of that part.
-        fingerprint: Of the set of covered items; 16 hex digits.
+        pool: `all`, `covered` or `cold`.
+        items: Items with content: of the catalog, for the pools `covered` and `cold` of the pool.
+        of_items: Items of the catalog, for the pool `cold` of the pool.
+        targets: Targets with content, of the part that was ranked; they are counted as items are.
+        of_targets: Targets of that part, for the pool `cold` those in the pool.
+        fingerprint: Of the set of items with content that are in the pool; 16 hex digits.
+        pool_fingerprint: Of the items of the pool; empty where these are the items with content, or the
+            catalog.
     """
 
     pool: Pool
@@ -52,9 +64,17 @@ class Coverage:
     targets: int
     of_targets: int
     fingerprint: str
+    pool_fingerprint: str = ""
 
     @classmethod
-    def of(cls, present: np.ndarray, item_ids: pl.Series, targets: np.ndarray, pool: Pool) -> Coverage:
+    def of(
+        cls,
+        present: np.ndarray,
+        item_ids: pl.Series,
+        targets: np.ndarray,
+        pool: Pool,
+        members: np.ndarray | None = None,
+    ) -> Coverage:
         """Counts coverage.
 
         Args:
@@ -62,16 +82,34 @@ class Coverage:
             item_ids: The ids of the catalog.
             targets: Item codes of all targets; shape [targets].
             pool: The pool that is ranked.
+            members: Which items are in the pool; bool, shape [items]. None: those with content for
+                `covered`, the catalog for `all`.
 
         Raises:
-            DataError: The pool is `covered`, and no target is.
+            DataError: No target is in the pool, or the pool is `covered` and an item of it has no content.
         """
-        covered = present[targets]
-        if pool == "covered" and not covered.any():
-            raise DataError("--pool covered: no target has content, so there is nothing to rank")
-        names = "\0".join(item_ids.filter(pl.Series(present)).sort())
-        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
-        return cls(pool, int(present.sum()), len(present), int(covered.sum()), len(covered), digest)
+        if members is None:
+            members = present if pool == "covered" else np.ones(len(present), dtype=bool)
+        if pool != "all" and not members[targets].any():
+            what = "has content" if pool == "covered" else "lacks a training interaction"
+            raise DataError(f"--pool {pool}: no target {what}, so there is nothing to rank")
+        if pool == "covered" and (lacking := np.flatnonzero(members & ~present)).size:
+            raise DataError(
+                f"--covered-by: the system has no content for {len(lacking):,} of the {members.sum():,} "
+                f"items of the pool (the first is {item_ids[int(lacking[0])]!r}); name also the texts or "
+                "vectors that the system reads, so that the pool holds items with both"
+            )
+        inside = present & members
+        whole = members if pool == "cold" else np.ones(len(present), dtype=bool)
+        return cls(
+            pool,
+            int(inside.sum()),
+            int(whole.sum()),
+            int(inside[targets].sum()),
+            int(whole[targets].sum()),
+            _fingerprint_of(item_ids, inside),
+            _fingerprint_of(item_ids, members) if pool == "cold" else "",
+        )
 
     @classmethod
     def of_made(cls, made: Mapping[str, Any]) -> Coverage | None:
@@ -99,17 +137,21 @@ class Coverage:
         return self.items == self.of_items
 
     def protocol(self, whole: str) -> str:
-        """Returns the protocol of the covered pool, for example `loo/full/mask-seen/covered-1a2b3c4d`."""
+        """Returns the protocol of the pool, for example `loo/full/mask-seen/covered-1a2b3c4d`."""
         valid = "/valid" if whole.endswith("/valid") else ""
-        return f"{whole.removesuffix('/valid')}/covered-{self.fingerprint[:8]}{valid}"
+        return f"{whole.removesuffix('/valid')}/{self.pool}-{self._of_pool[:8]}{valid}"
 
-    def ranking(self, ranking: FullRanking, present: np.ndarray) -> FullRanking:
-        """Returns the lists of the covered pool: items are coded by their place among the covered ones."""
-        code = np.cumsum(present) - 1
+    @property
+    def _of_pool(self) -> str:
+        return self.pool_fingerprint or self.fingerprint
+
+    def ranking(self, ranking: FullRanking, members: np.ndarray) -> FullRanking:
+        """Returns the lists of a pool: items are coded by their place among its members."""
+        code = np.cumsum(members) - 1
 
         def kept(values: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            inside = np.concatenate(([0], np.cumsum(present[values])))
-            return code[values[present[values]]], np.diff(inside[offsets])
+            inside = np.concatenate(([0], np.cumsum(members[values])))
+            return code[values[members[values]]], np.diff(inside[offsets])
 
         positives, counts = kept(ranking.positives, ranking.positive_offsets)
         masked, hidden = kept(ranking.masked, ranking.masked_offsets)
@@ -123,19 +165,19 @@ class Coverage:
             positive_offsets=np.concatenate(([0], np.cumsum(counts[lists]))),
             masked=masked,
             masked_offsets=np.concatenate(([0], np.cumsum(hidden[lists]))),
-            item_ids=ranking.item_ids.filter(pl.Series(present)),
+            item_ids=ranking.item_ids.filter(pl.Series(members)),
             protocol=self.protocol(ranking.protocol),
-            candidates=hashlib.sha256(f"{ranking.candidates} {self.fingerprint}".encode()).hexdigest()[:16],
+            candidates=hashlib.sha256(f"{ranking.candidates} {self._of_pool}".encode()).hexdigest()[:16],
         )
 
-    def candidates(self, candidates: Candidates, covered: pl.Series) -> Candidates:
-        """Returns the lists of the covered pool: the rows of covered items, in lists with a covered target.
+    def candidates(self, candidates: Candidates, members: pl.Series) -> Candidates:
+        """Returns the lists of a pool: the rows of its items, in lists whose target is one of them.
 
         Args:
             candidates: The whole lists.
-            covered: The ids of covered items.
+            members: The ids of the items in the pool.
         """
-        frame = candidates.frame.filter(pl.col("item").is_in(covered.implode()))
+        frame = candidates.frame.filter(pl.col("item").is_in(members.implode()))
         one_list = [name for name in ("user", "target") if name in frame.columns]
         frame = frame.filter((pl.col("label") == 1).any().over(one_list))
         return replace(
@@ -146,13 +188,18 @@ class Coverage:
         )
 
 
-def covered_columns(scores: Scores, present: np.ndarray) -> Scores:
-    """Returns the scores of the covered items: as many users, fewer items."""
+def _fingerprint_of(item_ids: pl.Series, chosen: np.ndarray) -> str:
+    names = "\0".join(item_ids.filter(pl.Series(chosen)).sort())
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def pool_columns(scores: Scores, members: np.ndarray) -> Scores:
+    """Returns the scores of the items in a pool: as many users, fewer items."""
     if isinstance(scores, tuple):
-        return scores[0], scores[1][np.flatnonzero(present)]
+        return scores[0], scores[1][np.flatnonzero(members)]
     if callable(scores):
-        return lambda part: scores(part)[:, np.flatnonzero(present)]
-    return scores[:, np.flatnonzero(present)]
+        return lambda part: scores(part)[:, np.flatnonzero(members)]
+    return scores[:, np.flatnonzero(members)]
 
 
 def fill_catalog(scores: Scores, present: np.ndarray, ranking: FullRanking) -> Callable[[slice], np.ndarray]:

@@ -61,7 +61,7 @@ def read_system(path: Path, candidates: Candidates | None = None) -> System:
     origin = Origin.of_manifest(path, made, candidates=metadata.get("recllm.candidates"))
     check_same_origin(origin, candidates.origin, remedy="score the rows of that file")
     coverage = Coverage.of_made(made)
-    if coverage is not None and coverage.pool == "covered":
+    if coverage is not None and coverage.pool != "all":
         candidates = coverage.candidates(candidates, text_ids(frame, ("item",), str(path))["item"].unique())
     stated = metadata.get("recllm.protocol")
     if stated and stated != candidates.protocol:

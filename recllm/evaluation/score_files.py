@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from recllm.data.coding import codes_of
 from recllm.data.origins import made, made_metadata
 from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
-from recllm.evaluation.coverage import Coverage, Pool, covered_columns, fill_catalog, fill_lists
+from recllm.evaluation.coverage import Coverage, Pool, cold_items, fill_catalog, fill_lists, pool_columns
 from recllm.evaluation.full_ranking import Scores, rank_catalog
 from recllm.evaluation.ranks import refuse_equal_scores
 from recllm.evaluation.top_k_files import write_stage
@@ -71,6 +72,7 @@ class ScoreFiles:
         *,
         present: np.ndarray | None = None,
         pool: Pool = "all",
+        members: np.ndarray | None = None,
         **facts: Any,
     ) -> Path:
         """Writes the scores of a candidate file's rows, and prints what comes next.
@@ -81,23 +83,22 @@ class ScoreFiles:
             split: The split that the scores are of.
             present: Which items the system has content for; bool, shape [items]. None: it needs none.
             pool: What is ranked; see `recllm.evaluation.coverage`.
+            members: Which items make the pool `covered`; bool, shape [items]. None: those in `present`.
             **facts: What the file is to say of itself besides the split, the command and versions.
 
         Raises:
-            DataError: The pool is `covered`, and no target is.
+            DataError: No target is in the pool, or it is not said which items are.
         """
         given, ids = candidates.fingerprint, split.dataset.items["item"]
-        if present is not None:
-            targets = codes_of(candidates.frame.filter(pl.col("label") == 1)["item"], ids, "item")
-            coverage = Coverage.of(present, ids, targets, pool)
-            facts["coverage"] = coverage.as_json()
-            tell_coverage(coverage)
-            covered = ids.filter(pl.Series(present))
-            if pool == "covered":
-                candidates = coverage.candidates(candidates, covered)
+        targets = codes_of(candidates.frame.filter(pl.col("label") == 1)["item"], ids, "item")
+        pooled = self._pooled(split, ids, targets, present, pool, members)
+        if pooled is not None:
+            facts["coverage"] = pooled.coverage.as_json()
+        if pooled is not None and pool != "all":
+            candidates = pooled.coverage.candidates(candidates, ids.filter(pl.Series(pooled.members)))
         scores = score(candidates.frame)
-        if present is not None and not present.all():
-            scores = fill_lists(scores, scores["item"].is_in(covered.implode()))
+        if pooled is not None and not pooled.content.all():
+            scores = fill_lists(scores, scores["item"].is_in(ids.filter(pl.Series(pooled.content)).implode()))
         refuse_equal_scores(candidates.frame, scores, self._system, self.path)
         metadata = {
             "recllm.protocol": candidates.protocol,
@@ -117,6 +118,7 @@ class ScoreFiles:
         *,
         present: np.ndarray | None = None,
         pool: Pool = "all",
+        members: np.ndarray | None = None,
         **facts: Any,
     ) -> Path:
         """Writes the rank records of a full ranking, and its top-K lists where they are asked for.
@@ -127,29 +129,30 @@ class ScoreFiles:
             split: The split that the scores are of.
             present: As in `write_scores`.
             pool: As in `write_scores`.
+            members: As in `write_scores`.
             **facts: As in `write_scores`.
 
         Raises:
-            DataError: The pool is `covered`, and no target is.
+            DataError: As `write_scores`.
         """
-        if present is not None:
-            coverage = Coverage.of(present, ranking.item_ids, ranking.positives, pool)
-            facts["coverage"] = coverage.as_json()
-            tell_coverage(coverage)
-        if present is not None and pool == "covered":
-            ranking = coverage.ranking(ranking, present)
-            scores = covered_columns(score(ranking.users), present)
-        else:
+        pooled = self._pooled(split, ranking.item_ids, ranking.positives, present, pool, members)
+        if pooled is None:
             scores = score(ranking.users)
-            if present is not None and not present.all():
-                scores = fill_catalog(scores, present, ranking)
-        content = _made(split, facts)
+        else:
+            facts["coverage"], content = pooled.coverage.as_json(), pooled.content
+            if pool != "all":
+                ranking, content = pooled.coverage.ranking(ranking, pooled.members), content[pooled.members]
+            scores = score(ranking.users)
+            scores = pool_columns(scores, pooled.members) if pool != "all" else scores
+            if not content.all():
+                scores = fill_catalog(scores, content, ranking)
+        how = _made(split, facts)
         if not self._options.top_k:
-            rank_catalog(ranking, scores, system=self._system, made=content).save(self.path)
+            rank_catalog(ranking, scores, system=self._system, made=how).save(self.path)
             print(f"{self.path}: rank records; next: recllm eval ranks {self.path}")
             return self.path
         files = {"system": self._system, "ranks": self.path, "lists": self.lists}
-        write_stage(ranking, scores, self._options.top_k, **files, made=content)
+        write_stage(ranking, scores, self._options.top_k, **files, made=how)
         print(f"{self.path}: rank records; next: recllm eval ranks {self.path}")
         print(
             f"{self.lists}: top-K lists; next: recllm build instructions DATASET --top-k {self.lists} "
@@ -157,17 +160,56 @@ class ScoreFiles:
         )
         return self.path
 
+    def _pooled(
+        self,
+        split: Split,
+        item_ids: pl.Series,
+        targets: np.ndarray,
+        present: np.ndarray | None,
+        pool: Pool,
+        members: np.ndarray | None,
+    ) -> _Pooled | None:
+        """The pool and the content in it; None for a system that needs none and ranks the catalog."""
+        if members is not None and pool != "covered":
+            raise DataError(f"--covered-by says which items make the pool `covered`; --pool is {pool}")
+        if present is None and pool == "all":
+            return None
+        if pool == "covered" and members is None and present is None:
+            raise DataError(
+                f"--pool covered: {self._system} needs no content of items; say which texts or vectors make "
+                "the pool by --covered-by, as those that the systems in the same table read"
+            )
+        content = np.ones(len(item_ids), dtype=bool) if present is None else present
+        if pool == "cold":
+            members = cold_items(split)
+        coverage = Coverage.of(content, item_ids, targets, pool, members)
+        tell_coverage(coverage)
+        if members is None:
+            members = content if pool == "covered" else np.ones(len(item_ids), dtype=bool)
+        return _Pooled(coverage, members, content)
+
+
+@dataclass(frozen=True, eq=False)
+class _Pooled:
+    """A pool: its items and those with content; bool, shape [items]."""
+
+    coverage: Coverage
+    members: np.ndarray
+    content: np.ndarray
+
 
 def check_pool(pool: Pool, top_k: int) -> None:
     """Raises a `DataError` where lists for a second stage are asked of a part of the catalog."""
-    if pool == "covered" and top_k:
+    if pool != "all" and top_k:
         raise DataError(
-            "--top-k lists the best of the whole catalog for a second stage; leave out --pool covered"
+            f"--top-k lists the best of the whole catalog for a second stage; leave out --pool {pool}"
         )
 
 
 def tell_coverage(coverage: Coverage) -> None:
     """Prints how much a system covers, where it is not all."""
+    if coverage.pool == "cold":
+        print(f"  {coverage.of_items:,} cold items and {coverage.of_targets:,} targets make the pool")
     if coverage.complete:
         return
     rest = "are left out" if coverage.pool == "covered" else "score as covered candidates drawn at random"

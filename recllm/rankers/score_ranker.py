@@ -46,8 +46,13 @@ class ScoreRankerOptions:
     pool: Pool = "all"
     """all: an item without content scores as one of its list's candidates with content, drawn at random, so
     that covering less gains nothing. covered: only items with content are candidates and targets, which is
-    a protocol of its own.
-    Only rankers that know items by their content alone (UniSRec, MISSRec with --no-transductive) lack any."""
+    a protocol of its own. cold: only items without a training interaction are.
+    Only rankers that know items by their content alone (UniSRec, MISSRec with --no-transductive,
+    profile_fusion) lack any."""
+    covered_by: tuple[str, ...] = ()
+    """For --pool covered: texts (names as --texts of `recllm score profile` takes them) and files of vectors
+    (.npy, .safetensors); the pool holds the items with content in all of them. By default those that the
+    ranker has content for."""
     top_k: int = 0
     """For full ranking: also write each target's best so many items to topk/, for a second stage; 0 for
     none."""
@@ -66,6 +71,7 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
         DataError: The run, its split or its features are missing or others than in training, a file exists,
             or the ranker scores all candidates alike.
     """
+    from recllm.rankers.pools import items_with_all
     from recllm.rankers.ranking import items_with_content, score_candidates, user_states
     from recllm.rankers.run_folder import load_run
 
@@ -80,8 +86,9 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
         feature_order=options.feature_order,
         known_before=known,
     )
+    members = items_with_all(run.split.dataset, options.covered_by, options.feature_order)
     facts = {
-        **{"weights": [str(options.run)], "pool": options.pool},
+        **{"weights": [str(options.run)], "pool": options.pool, "members": members},
         **{"present": items_with_content(ranker, run.data)},
     }
     if files.full:

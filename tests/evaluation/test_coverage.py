@@ -194,3 +194,47 @@ def test_scores_ranks_and_lists_of_another_split_do_not_meet(split, tmp_path):
     pl.read_parquet(path).write_parquet(tmp_path / "theirs.parquet", metadata=changed)
     with pytest.raises(DataError, match="was made from another set of candidate lists than"):
         read_system(tmp_path / "theirs.parquet", candidates)
+
+
+def test_systems_that_need_no_content_are_ranked_in_the_same_pool(split, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("few.npy", np.ones((POPULAR, 2), np.float32))
+    Path("few.items.txt").write_text("".join(f"i{item:03d}\n" for item in range(POPULAR)))
+    for lists in (False, True):
+        texts = score(split, tmp_path, few(), pool="covered", lists=lists)
+        options = {"candidates": NAME if lists else "full", "pool": "covered", "covered_by": ("few.npy",)}
+        popular = popularity(PopularityOptions(split.folder, **options))
+        candidates = split.folder / "candidates" / NAME / "test.parquet" if lists else None
+        config = RankReportConfig((texts, popular), ks=(10,), resamples=50, candidates=candidates)
+        table = rank_report(config)  # one protocol, the same targets
+        assert not any("coverage" in note for note in table.notes)
+        rows = {row[0]: row[1:] for row in table.rows}
+        assert rows["covered items"] == [f"{POPULAR}/{ITEMS}"] * 2 and len(set(rows["positives"])) == 1
+    records = RankRecords.load(
+        popularity(PopularityOptions(split.folder, overwrite=True, **{**options, "candidates": "full"}))
+    )
+    counts = np.bincount(split.dataset.item_codes[split.rows("train")], minlength=ITEMS)
+    for item, user, above, n in zip(records.item, records.user, records.above, records.n, strict=True):
+        known = set(
+            split.dataset.item_codes[split.history_rows("test")][
+                split.dataset.user_codes[split.history_rows("test")] == int(user[1:])
+            ]
+        )
+        target = int(item[1:])
+        pool = [each for each in range(POPULAR) if each not in known or each == target]
+        assert n == len(pool) and above == sum(counts[each] > counts[target] for each in pool)
+
+
+def test_a_pool_that_is_not_said_or_lacks_content_is_refused(split, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="say which texts or vectors make the pool by --covered-by"):
+        popularity(PopularityOptions(split.folder, pool="covered"))
+    with pytest.raises(DataError, match="--pool is all"):
+        np.save("few.npy", np.ones((POPULAR, 2), np.float32))
+        Path("few.items.txt").write_text("".join(f"i{item:03d}\n" for item in range(POPULAR)))
+        popularity(PopularityOptions(split.folder, covered_by=("few.npy",)))
+    with pytest.raises(
+        DataError, match=r"no content for 1 of the 31 items of the pool \(the first is 'i030'\)"
+    ):
+        Coverage.of(few(), split.dataset.items["item"], np.array([1]), "covered", np.arange(ITEMS) <= POPULAR)
+    assert not Path("ranks").exists() and not Path("scores").exists()
