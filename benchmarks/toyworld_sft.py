@@ -114,7 +114,7 @@ def commands(seed: int, rows: int) -> list[tuple[list[str], str]]:
         ),
         (f"recllm score popularity {split} --candidates {LISTS}", "scores/popularity.parquet"),
         (
-            f"recllm score profile {split} --candidates {LISTS} --name text-profile",
+            f"recllm score profile {split} --candidates {LISTS} --history 0 --name text-profile",
             "scores/text-profile.parquet",
         ),
     ]

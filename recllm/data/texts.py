@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from recllm.files import sha256
 
 CATALOG = "catalog"
 """The name that stands for title and text of items.parquet."""
+COLUMNS_OF_CATALOG = ("title", "text")
+"""The names that stand for one column of items.parquet."""
 METADATA_KEY = "recllm.texts"
 COLUMNS = ("text", "prompt_hash", "prompt_tokens", "tokens", "finish")
 
@@ -123,22 +126,28 @@ def item_texts(dataset: Dataset, name: str = CATALOG) -> list[str]:
 
     Args:
         dataset: The dataset.
-        name: `catalog`, or the name of a file DATASET/texts/<name>.parquet with the items' ids.
+        name: `catalog` (title and text of items.parquet), `title` or `text` (that column alone), or the name
+            of a file DATASET/texts/<name>.parquet with the items' ids. Several joined by `+`, such as
+            `title+grounding`: one after the other, each a sentence of its own; an item has what there is.
 
     Raises:
         DataError: The file is missing, was made from another state of the dataset, or has a text of no item.
     """
     if name == CATALOG:
-        title, text = (pl.col(column).str.strip_chars() for column in ("title", "text"))
-        stop = pl.when(title.str.contains(r"[.!?…]$")).then(pl.lit(" ")).otherwise(pl.lit(". "))
-        joined = pl.when((title != "") & (text != "")).then(title + stop + text).otherwise(title + text)
-        return dataset.items.select(joined.alias("text"))["text"].to_list()
+        name = "+".join(COLUMNS_OF_CATALOG)
+    if "+" in name:
+        parts = name.split("+")
+        if len(set(parts)) < len(parts) or not all(parts):
+            raise DataError(f"texts {name!r}: expected different names joined by +, such as title+grounding")
+        return functools.reduce(_sentences, [item_texts(dataset, part) for part in parts])
+    if name in COLUMNS_OF_CATALOG:
+        return dataset.items[name].str.strip_chars().to_list()
     path = dataset.folder / "texts" / f"{name}.parquet"
     if not path.exists():
         held = ", ".join(sorted(each.stem for each in path.parent.glob("*.parquet"))) or "none"
         raise DataError(
-            f"{path} does not exist; texts are {CATALOG} or a name in {path.parent} ({held}), which "
-            "`recllm build items` writes"
+            f"{path} does not exist; texts are {CATALOG}, {', '.join(COLUMNS_OF_CATALOG)} or a "
+            f"name in {path.parent} ({held}), which `recllm build items` writes"
         )
     table, metadata = read_texts(path)
     made_from = Origin.of_manifest(path, metadata)
@@ -152,3 +161,12 @@ def item_texts(dataset: Dataset, name: str = CATALOG) -> list[str]:
             "about items, as `recllm build items` writes them"
         )
     return told["text"].fill_null("").to_list()
+
+
+def _sentences(first: list[str], second: list[str]) -> list[str]:
+    """Joins two texts of each item, with a full stop between them where the first has none."""
+    texts = pl.DataFrame({"first": first, "second": second})
+    one, other = (pl.col(column).str.strip_chars() for column in ("first", "second"))
+    stop = pl.when(one.str.contains(r"[.!?…]$")).then(pl.lit(" ")).otherwise(pl.lit(". "))
+    joined = pl.when((one != "") & (other != "")).then(one + stop + other).otherwise(one + other)
+    return texts.select(joined.alias("text"))["text"].to_list()

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from recllm.data.candidates import FullRanking
 
 Scores = Any
-"""A [U, I] array or tensor, a function from a slice of users to [B, I], or embeddings ([U, D], [I, D])."""
+"""A [U, I] array or tensor, a function from a slice of users to [B, I], or embeddings ([U, D], [I, D]).
+Embeddings of users may be a function, too: from a slice of users to [B, D]."""
 Rows = tuple[Any, Any]
 """Item numbers per user in CSR form: indptr [U + 1], indices [nnz]."""
 
@@ -295,6 +296,8 @@ def _source(scores: Scores, u_count: int, n_items: int, users: pl.Series) -> _So
         if tuple(matrix.shape) != (u_count, n_items):
             raise DataError(f"scores have shape {tuple(matrix.shape)}, expected {(u_count, n_items)}")
         return _Source(lambda part: matrix[part], parallel=str(matrix.device) == "cpu")
+    if callable(scores[0]) and not hasattr(scores[0], "shape"):
+        return _source_of_blocks(scores[0], _as_scores(scores[1]), n_items)
     of_users, of_items = (_as_scores(table) for table in scores)
     if of_users.shape[0] != u_count or of_items.shape[0] != n_items or of_users.shape[1] != of_items.shape[1]:
         raise DataError(
@@ -302,10 +305,7 @@ def _source(scores: Scores, u_count: int, n_items: int, users: pl.Series) -> _So
             f"[{n_items}, D]"
         )
     check_finite(of_users, users)
-    try:
-        check_finite(of_items, pl.Series(np.arange(n_items)))
-    except DataError as error:
-        raise DataError(f"item embeddings: {str(error).replace('user', 'item', 1)}") from None
+    _check_finite_items(of_items)
     # |u . i| <= D max|u| max|i|: below the largest float no inner product or partial sum overflows.
     largest = [float(abs(table).max()) if 0 not in table.shape else 0.0 for table in (of_users, of_items)]
     float32_max = 3.4e38
@@ -316,6 +316,22 @@ def _source(scores: Scores, u_count: int, n_items: int, users: pl.Series) -> _So
         finite=safe,
         parallel=isinstance(of_users, np.ndarray),
     )
+
+
+def _source_of_blocks(of_users: Callable[[slice], Any], of_items: Any, n_items: int) -> _Source:
+    """Embeddings of users that are made when a block is ranked, so that they are never all in memory."""
+    if of_items.shape[0] != n_items:
+        raise DataError(f"embeddings of {of_items.shape[0]} items, expected {n_items}")
+    _check_finite_items(of_items)
+    twins, on_cpu = twin_rows(of_items), isinstance(of_items, np.ndarray)
+    return _Source(lambda part: tie_twins(_as_scores(of_users(part)) @ of_items.T, twins), parallel=on_cpu)
+
+
+def _check_finite_items(of_items: Any) -> None:
+    try:
+        check_finite(of_items, pl.Series(np.arange(of_items.shape[0])))
+    except DataError as error:
+        raise DataError(f"item embeddings: {str(error).replace('user', 'item', 1)}") from None
 
 
 def _as_scores(scores: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -19,17 +19,42 @@ from recllm.evaluation.inputs import stem
 from recllm.evaluation.ranks import RankRecords
 from recllm.evaluation.score_files import ScoreFiles, check_absent, check_pool, check_word
 from recllm.files import sha256
+from recllm.rankers.pools import VECTOR_FILES
+from recllm.retrieval.fusions import READS, TRAINED, fuse
+
+if TYPE_CHECKING:
+    from recllm.data.dataset import Dataset
+    from recllm.rankers.features import Features
 
 
 @dataclass
 class ProfileOptions:
-    """Ranks items by the cosine of their text's embedding to the mean of the user's items (VLM4Rec)."""
+    """Ranks items by the cosine of their vector to the mean of the user's latest items (VLM4Rec).
+
+    An item's vector is its text's embedding, its image's, or a fusion of the two without training."""
 
     split: Positional[Annotated[Path, arg(metavar="SPLIT")]]
     """The split folder (DATASET/splits/<name>)."""
     texts: str = "catalog"
-    """What is embedded: `catalog` (title and text of items.parquet), or the name of a file in DATASET/texts,
-    for example imsg or grounding."""
+    """What is embedded: `catalog` (title and text of items.parquet), `title` or `text` alone, the name of a
+    file in DATASET/texts (grounding, imsg), several joined by + (title+grounding), or a file of vectors
+    (.npy, .safetensors)."""
+    fusion: Literal[
+        "text", "image", "average", "weighted", "concat", "attention", "gating", "cross", "spectral"
+    ] = "text"
+    """text or image: that vector alone. average: (t + v) / 2 of the two at unit length. weighted:
+    w t + (1 - w) v. concat: [t; v]. The others have to be trained: recipes/train_ranker.py --ranker
+    profile_fusion --fusion NAME."""
+    image: str | None = None
+    """Image vectors, for all fusions but text: the multimodal model whose visual tokens are averaged (`tiny`,
+    a folder, a hub id), or a file of vectors (.npy, .safetensors)."""
+    weights: tuple[float, ...] = (0.5,)
+    """For weighted: w, the text's share. Of several, the one with the best ndcg@10 on validation lists."""
+    vectors: Literal["unit", "raw"] = "unit"
+    """unit: vectors are normalized before they are fused and averaged (the paper). raw: they are fused and
+    averaged as they come (the released scripts)."""
+    feature_order: str | None = None
+    """Which item each row of a .npy file belongs to (see recipes/train_ranker.py)."""
     candidates: str = "full"
     """Name of the split's candidates (such as 1+20-uniform-seed42): writes scores. full: ranks the whole
     catalog and writes rank records."""
@@ -38,11 +63,14 @@ class ProfileOptions:
     mask: Mask = "seen"
     """For full ranking, what is no candidate: seen (training, validation at test time), train, none."""
     pool: Pool = "all"
-    """all: an item without a text scores as one of its list's candidates with a text, drawn at random, so
-    that covering less gains nothing. covered: only items with a text are candidates and targets, which is
-    a protocol of its own."""
-    history: int = 0
-    """Known items that make a profile, the latest with a text; 0 for all. The paper takes 10."""
+    """all: an item without a vector scores as one of its list's candidates with one, drawn at random, so
+    that covering less gains nothing. covered: only items with a vector are candidates and targets, which is
+    a protocol of its own. cold: only items without a training interaction are."""
+    covered_by: tuple[str, ...] = ()
+    """For --pool covered: texts (as --texts) and files of vectors; the pool holds the items with content in
+    all of them. By default those with a vector. Systems of one table need one pool."""
+    history: int = 10
+    """Known items that make a profile, the latest with a vector; 10 as in the paper, 0 for all."""
     top_k: int = 0
     """For full ranking: also write each target's best so many items to topk/, for a second stage; 0 for
     none."""
@@ -54,7 +82,7 @@ class ProfileOptions:
     device: str | None = None
     """Where the encoder runs, for example cpu; by default the accelerator where there is one."""
     name: str | None = None
-    """Name of the system and its files; by default profile-TEXTS."""
+    """Name of the system and its files; by default profile-TEXTS, profile-image or profile-TEXTS-FUSION."""
     out: Path = Path()
     """Folder for scores/, ranks/ and topk/."""
     overwrite: bool = False
@@ -81,20 +109,132 @@ def profile(options: ProfileOptions) -> Path:
     """Embeds the texts (kept in DATASET/embeddings), writes scores or rank records, and returns the file.
 
     Raises:
-        DataError: The split, the texts or the encoder are missing, or a file exists.
+        DataError: The split, the texts, the vectors or the encoder are missing, an option has no effect, or a
+            file exists.
     """
-    from recllm.data.texts import item_texts
-    from recllm.mllm.embedding import find_encoder, stored_embeddings
+    from recllm.rankers.pools import items_with_all
     from recllm.retrieval.profiles import MeanProfiles
 
-    check_word("--texts", options.texts)
+    _check(options)
     check_pool(options.pool, options.top_k)
-    files = ScoreFiles(options, options.name or f"profile-{options.texts}")
+    files = ScoreFiles(options, options.name or _name(options))
     split = Split.open(options.split)
+    ids, fusion = split.dataset.items["item"], options.fusion
     candidates = None if files.full else read_candidates(split, options.candidates, options.part)
-    texts = item_texts(split.dataset, options.texts)
+    members = items_with_all(split.dataset, options.covered_by, options.feature_order)
+    text, image, facts = _vectors(options, split.dataset)
+    raw, weight = options.vectors == "raw", options.weights[0]
+    if len(options.weights) > 1:
+        weight, facts["sweep"] = best_weight(split, text, image, options)
+    if fusion == "weighted":
+        facts["weight"] = weight
+    fused = fuse(text, image, fusion, ids, weight=weight, raw=raw)
+    facts |= {"fusion": fusion, "vectors": options.vectors, "history": options.history}
+    facts |= {"present": fused.present, "pool": options.pool, "members": members}
+    model = MeanProfiles(split, options.part, fused.vectors, fused.present, history=options.history, raw=raw)
+    if candidates is None:
+        ranking = full_ranking(split, options.part, mask=options.mask)
+        _tell_without_profile(model.without_profile[ranking.users].sum(), len(ranking.users))
+        return files.write_ranks(ranking, model.for_ranking, split, **facts)
+    users = candidates.frame["user"].unique()
+    without = split.dataset.users["user"].filter(model.without_profile)
+    _tell_without_profile(users.is_in(without.implode()).sum(), len(users))
+    return files.write_scores(candidates, model.score, split, **facts)
+
+
+def best_weight(
+    split: Split, text: Features, image: Features, options: ProfileOptions
+) -> tuple[float, dict[str, float]]:
+    """Returns the weight of `weighted` with the best ndcg@10 on validation lists; the first of equal ones.
+
+    The lists are those of the whole catalog without seen items; the test part is not opened.
+
+    Returns:
+        The weight, and the ndcg@10 of each.
+    """
+    from recllm.evaluation import compute_metrics, rank_catalog
+    from recllm.evaluation.coverage import fill_catalog
+    from recllm.retrieval.profiles import MeanProfiles
+
+    ids, raw = split.dataset.items["item"], options.vectors == "raw"
+    ranking, found = full_ranking(split, "valid"), {}
+    for weight in options.weights:
+        fused = fuse(text, image, "weighted", ids, weight=weight, raw=raw)
+        model = MeanProfiles(split, "valid", fused.vectors, fused.present, history=options.history, raw=raw)
+        scores = model.for_ranking(ranking.users)
+        if not fused.present.all():
+            scores = fill_catalog(scores, fused.present, ranking)
+        records = rank_catalog(ranking, scores, system=f"w = {weight}")
+        found[str(weight)] = compute_metrics(records, names=["ndcg@10"]).mean()["ndcg@10"]
+        print(f"  w = {weight}: ndcg@10 of the validation lists {found[str(weight)]:.4f}")
+    best = max(options.weights, key=lambda weight: found[str(weight)])
+    print(f"  w = {best} is taken: {best:.0%} text")
+    return best, found
+
+
+def _check(options: ProfileOptions) -> None:
+    """Refuses what cannot work or would have no effect, before anything is read."""
+    fusion = options.fusion
+    if fusion in TRAINED:
+        raise DataError(
+            f"--fusion {fusion} has to be trained: recipes/train_ranker.py --config "
+            f"recipes/configs/rankers/profile_fusion.yaml --fusion {fusion} --split {options.split} --text "
+            f"{options.texts} --image IMAGE, then `recllm score ranker runs/profile_fusion`"
+        )
+    if fusion == "text" and options.image is not None:
+        raise DataError("--image is not read by --fusion text; leave it out, or give another --fusion")
+    if fusion != "text" and options.image is None:
+        raise DataError(
+            f"--fusion {fusion} reads images: give --image MODEL (tiny, a folder, a hub id) or --image "
+            "FILE of vectors (.npy, .safetensors)"
+        )
+    if fusion == "image" and options.texts != ProfileOptions.texts:
+        raise DataError(f"--texts {options.texts} is not read by --fusion image; leave it out")
+    if fusion != "weighted" and options.weights != ProfileOptions.weights:
+        raise DataError(f"--weights is for --fusion weighted; --fusion is {fusion}")
+    if not options.weights or len(set(options.weights)) < len(options.weights):
+        raise DataError(f"--weights {options.weights}: expected one or several different shares from 0 to 1")
+    if not options.texts.endswith(VECTOR_FILES):
+        check_word("--texts", options.texts)
+
+
+def _name(options: ProfileOptions) -> str:
+    texts = stem(Path(options.texts))
+    return {"text": f"profile-{texts}", "image": "profile-image"}.get(
+        options.fusion, f"profile-{texts}-{options.fusion}"
+    )
+
+
+def _vectors(
+    options: ProfileOptions, dataset: Dataset
+) -> tuple[Features | None, Features | None, dict[str, Any]]:
+    """Reads the vectors of texts and images that the fusion takes, and says where they are from."""
+    from recllm.rankers.features import image_features, read_features
+
+    text = image = None
+    facts: dict[str, Any] = {}
+    reads = READS[options.fusion]
+    if "text" in reads and options.texts.endswith(VECTOR_FILES):
+        text = read_features(dataset, Path(options.texts), order=options.feature_order)
+        facts["texts"] = text.source
+    elif "text" in reads:
+        text, encoder = _embedded(options, dataset)
+        facts |= {"texts": options.texts, "encoder": encoder}
+    if "image" in reads:
+        image = image_features(dataset, options.image, order=options.feature_order)
+        facts["image"] = image.source
+        print(f"image: {image.source}; {image.present.sum():,} of {len(image.present):,} items have a vector")
+    return text, image, facts
+
+
+def _embedded(options: ProfileOptions, dataset: Dataset) -> tuple[Features, str]:
+    from recllm.data.texts import item_texts
+    from recllm.mllm.embedding import find_encoder, stored_embeddings
+    from recllm.rankers.features import Features
+
+    texts = item_texts(dataset, options.texts)
     encoder = find_encoder(options.encoder)
-    folder = split.dataset.folder / "embeddings" / f"{options.texts}-{encoder.fingerprint[:12]}"
+    folder = dataset.folder / "embeddings" / f"{options.texts}-{encoder.fingerprint[:12]}"
     embedded = stored_embeddings(
         folder, texts, encoder, batch_size=options.batch_size, device=options.device, progress=True
     )
@@ -105,21 +245,7 @@ def profile(options: ProfileOptions) -> Path:
         print(
             f"  {embedded.truncated:,} different texts are longer than the encoder reads; it skips their ends"
         )
-    facts = {
-        **{"texts": options.texts, "encoder": encoder.name},
-        **{"present": embedded.present, "pool": options.pool},
-    }
-    model = MeanProfiles(split, options.part, embedded.vectors, embedded.present, history=options.history)
-    if candidates is None:
-        ranking = full_ranking(split, options.part, mask=options.mask)
-        _tell_without_profile(model.without_profile[ranking.users].sum(), len(ranking.users))
-        return files.write_ranks(
-            ranking, lambda users: (model.of_users(users), model.item_vectors), split, **facts
-        )
-    users = candidates.frame["user"].unique()
-    without = split.dataset.users["user"].filter(model.without_profile)
-    _tell_without_profile(users.is_in(without.implode()).sum(), len(users))
-    return files.write_scores(candidates, model.score, split, **facts)
+    return Features(embedded.vectors, embedded.present, f"{options.texts} by {encoder.name}"), encoder.name
 
 
 def rerank(options: RerankOptions) -> Path:
@@ -175,4 +301,4 @@ def rerank(options: RerankOptions) -> Path:
 
 def _tell_without_profile(count: int, users: int) -> None:
     if count:
-        print(f"  {count:,} of {users:,} users have no known item with a text: all items tie for them")
+        print(f"  {count:,} of {users:,} users have no known item with a vector: all items tie for them")

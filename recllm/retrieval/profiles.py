@@ -5,12 +5,16 @@
     r~_u = r_u / |r_u|                            (16)
     score(u, j) = r~_u . e~_j                     (17) the cosine
 
-The released code averages vectors that were not normalized; here the paper's order holds. Ours is what is
-done where texts are missing: an item without a text is in no profile, and `recllm.evaluation.coverage` says
-how it is ranked; a user none of whose known items has a text gets 0 for every item, a tie of all.
+The released code averages vectors that were not normalized; here the paper's order holds, unless `raw` asks
+for the other. The paper takes the latest 10 items and excludes the history from the candidates; one of the
+released scripts takes all items and excludes none. Ours is what is done where texts are missing: an item
+without a text is in no profile, and `recllm.evaluation.coverage` says how it is ranked; a user none of whose
+known items has a text gets 0 for every item, a tie of all.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 import polars as pl
@@ -37,6 +41,7 @@ class MeanProfiles:
         present: Which items have a text; bool, shape [items].
         history: Only the latest so many known interactions with a text count; 0 for all. A repeated
             interaction counts as often as it stands in the log.
+        raw: Average the vectors as they come: (14) is left out (as the released code has it).
 
     Attributes:
         item_vectors: Of unit length, zero for items without a text; float32, shape [items, d].
@@ -49,7 +54,14 @@ class MeanProfiles:
     """
 
     def __init__(
-        self, split: Split, part: HeldOut, vectors: np.ndarray, present: np.ndarray, *, history: int = 0
+        self,
+        split: Split,
+        part: HeldOut,
+        vectors: np.ndarray,
+        present: np.ndarray,
+        *,
+        history: int = 0,
+        raw: bool = False,
     ) -> None:
         dataset = split.dataset
         if history < 0:
@@ -64,6 +76,7 @@ class MeanProfiles:
         unit = np.zeros(vectors.shape, dtype=np.float32)
         unit[present] = vectors[present] / length[present, None]
         self.item_vectors = unit
+        self._averaged = np.where(present[:, None], vectors, 0) if raw else unit
         self._item_ids, self._user_ids = dataset.items["item"], dataset.users["user"]
         self._histories, self._history = UserHistories.of(split, part), history
         # How many of the interactions up to each one are with an item that has a text.
@@ -93,12 +106,21 @@ class MeanProfiles:
         weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
         offsets = np.concatenate(([0], np.cumsum(counts)))
         mean_of = sparse.csr_array((weights, items, offsets), shape=(len(users), len(self.item_vectors)))
-        mean = mean_of @ self.item_vectors
+        mean = mean_of @ self._averaged
         length = np.linalg.norm(mean.astype(np.float64), axis=1, keepdims=True)
         has_one = (counts > 0) & (length[:, 0] > 0)
         profiles = np.zeros(mean.shape, dtype=np.float32)
         profiles[has_one] = mean[has_one] / length[has_one]
         return profiles
+
+    def for_ranking(self, users: np.ndarray) -> tuple[Callable[[slice], np.ndarray], np.ndarray]:
+        """Returns what `recllm.evaluation.rank_catalog` takes: profiles are made when a block of users is
+        ranked, so that they are never all in memory.
+
+        Args:
+            users: User codes; shape [n].
+        """
+        return lambda part: self.of_users(users[part]), self.item_vectors
 
     def score(self, candidates: pl.DataFrame) -> pl.DataFrame:
         """Scores candidate lists, a block of rows at a time.
