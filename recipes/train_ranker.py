@@ -14,11 +14,14 @@ from recllm.config import run_command
 from recllm.rankers.fit import fit
 from recllm.rankers.options import TrainRankerOptions, class_of_arguments
 from recllm.rankers.run_folder import begin_run, keep_run, make_ranker, open_run
+from recllm.reveal.avl import AVL
 from recllm.runs.folder import release_run
 
 
 def main(options: TrainRankerOptions) -> None:
     """Trains one run."""
+    avl = AVL.of(options)  # None without --avl
+
     # -- Data: the training part, frozen features; never the test part --------------------------------------
     run = open_run(options)
     if run.finished:
@@ -30,7 +33,7 @@ def main(options: TrainRankerOptions) -> None:
 
     # -- Training: the one loop, early stopping on validation lists -----------------------------------------
     lock = begin_run(options, run)
-    fitted = fit(ranker, run.data, run.split, options, run.path, resume=run.resumed)
+    fitted = fit(ranker, run.data, run.split, options, run.path, resume=run.resumed, plugin=avl)
 
     # -- What is kept: the best epoch's weights, metrics, log -----------------------------------------------
     keep_run(options, run, fitted, ranker)

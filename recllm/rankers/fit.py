@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from recllm.evaluation import compute_metrics, rank_catalog
 from recllm.rankers.batches import Batch, Epochs
 from recllm.rankers.criteria import BLOCK, Criterion, Loss
 from recllm.rankers.launching import check_launch, check_precision
+from recllm.rankers.plugins import Plugin
 from recllm.rankers.ranker import Ranker
 from recllm.rankers.ranking import UserStates, check_users_are_served, some_lists
 from recllm.rankers.saving import RunState, load_state, save_ranker, save_state
@@ -155,6 +157,7 @@ def fit(
     folder: Path | None = None,
     *,
     resume: bool = False,
+    plugin: Plugin | None = None,
 ) -> Fitted:
     """Trains a ranker, and leaves it with the weights of its best validation.
 
@@ -166,6 +169,7 @@ def fit(
         folder: Where model.safetensors (the best so far), log.jsonl and the state for a resumption go;
             nothing is written where None, and the best weights are held in memory.
         resume: Go on from the state in `folder`.
+        plugin: What changes how it learns, such as `recllm.reveal.avl.AVL`.
 
     Raises:
         DataError: An option does not fit the ranker, the ranker cannot know any user of the validation lists,
@@ -204,7 +208,11 @@ def fit(
     optimizer = torch.optim.Adam(
         ranker.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )
+    plugin = plugin or Plugin()
+    plugin.begin(ranker, criterion, optimizer, partial(accelerator.reduce, reduction="mean"))
     state = load_state(folder, ranker, optimizer) if resume and folder is not None else RunState()
+    if state.epoch:
+        plugin.load_state(state.plugin)
     step = accelerator.prepare(_Step(ranker, criterion))
     lists = _validation_lists(split, options, rank, processes)
     best = _Best(ranker, folder, rank)
@@ -215,8 +223,11 @@ def fit(
             if state.validations_since >= options.patience:
                 break
             started = time.perf_counter()
-            loss = _train_epoch(step, ranker, optimizer, epochs, number, options, accelerator, progress)
+            loss = _train_epoch(
+                step, ranker, optimizer, epochs, number, options, accelerator, plugin, progress
+            )
             line = {"step": number + 1, "loss": loss, "seconds": time.perf_counter() - started}
+            line |= plugin.numbers()
             state.epoch = result.epochs = number + 1
             if (number + 1) % options.valid_every == 0 or number + 1 == options.epochs:
                 valid = _validate(ranker, data, split, lists, accelerator)
@@ -229,7 +240,7 @@ def fit(
                     state.validations_since += 1
                 progress.tell(number + 1, loss, valid, state)
             result.log.append(line)
-            state.log = result.log
+            state.log, state.plugin = result.log, plugin.state()
             if rank == 0 and folder is not None:
                 journal.write(line)
                 save_state(folder, ranker, optimizer, state)
@@ -252,6 +263,7 @@ def _train_epoch(
     number: int,
     options: FitOptions,
     accelerator: Any,
+    plugin: Plugin,
     progress: _Progress,
 ) -> float:
     """Trains one epoch and returns its mean loss."""
@@ -264,9 +276,11 @@ def _train_epoch(
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     steps = 0
     for batch, weight in epochs.epoch(number, accelerator.device):
+        plugin.before_step(batch, weight)
         loss = step(batch) * weight
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(loss)
+        plugin.after_backward()
         optimizer.step()
         total += loss.detach()
         steps += 1

@@ -181,9 +181,11 @@ class Projection(nn.Module):
 
     def forward(self, numbers: Tensor | None = None, *, zeroed: bool = False) -> Tensor:
         """Returns the projections [..., width] of item numbers, or of the whole catalog by code."""
+        if zeroed:
+            rows = self.features.vectors[1:] if numbers is None else numbers[..., None]
+            return self.linear.weight.new_zeros(*rows.shape[:-1], self.linear.out_features)
         vectors, present = self.features(numbers)
-        projected = self.linear(vectors) * present
-        return torch.zeros_like(projected) if zeroed else projected
+        return self.linear(vectors) * present
 
 
 def init_normal(module: nn.Module, std: float = 0.02) -> None:

@@ -54,6 +54,17 @@ class TrainRankerOptions(FitOptions):
     max_pixels: int | None = None
     """Larger images are reduced to this many pixels; by default the model's own setting."""
 
+    # -- AVL (REVEAL): for rankers that read texts and images ----------------------------------------------
+    avl: Literal["gradients", "updates", "two-sided"] | None = None
+    """Reweights what images teach. gradients: scales their gradients (the paper). updates: scales their Adam
+    steps, in which a constant factor of the gradient cancels. two-sided: gradients of images and of texts."""
+    avl_alpha: float | None = None
+    """How strongly AVL reweights, 0.1 by default; 0 measures and changes nothing."""
+    avl_mean: Literal["cumulative", "ema"] | None = None
+    """What AVL compares a step's losses with: their mean over all steps (default), or an exponential mean."""
+    avl_decay: float | None = None
+    """Of the exponential mean, 0.99 by default."""
+
     # -- Output --------------------------------------------------------------------------------------------
     out: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """The run's folder; by default runs/RANKER."""
@@ -72,6 +83,10 @@ class TrainRankerOptions(FitOptions):
         config = kind(**{each.name: getattr(self, each.name) for each in fields(kind)})
         check_config(config)
         return config
+
+    def features_read(self) -> tuple[str, ...]:
+        """Returns the features that the ranker reads: "text", "image", both or none."""
+        return getattr(self.config(), "modalities", ranker_class(self.ranker).modalities)
 
     def as_json(self) -> dict[str, Any]:
         """Returns all options as a manifest keeps them."""

@@ -207,8 +207,7 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
     Raises:
         DataError: One is missing or damaged.
     """
-    cls, config = ranker_class(options.ranker), options.config()
-    wanted = getattr(config, "modalities", cls.modalities)
+    wanted = options.features_read()
     features = {}
     if "image" in wanted and options.image is None:
         raise DataError(
@@ -231,9 +230,7 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
 
 
 def _check_order_is_used(options: TrainRankerOptions) -> None:
-    cls = ranker_class(options.ranker)
-    wanted = getattr(options.config(), "modalities", cls.modalities)
-    sources = {name: getattr(options, name) for name in wanted}
+    sources = {name: getattr(options, name) for name in options.features_read()}
     if options.feature_order is not None and not any(map(needs_order, sources.values())):
         read = ", ".join(f"--{name} {source}" for name, source in sources.items()) or "no features"
         raise DataError(

@@ -37,6 +37,7 @@ class RunState:
         valid: Its metrics.
         validations_since: Validations since then, none of them better.
         log: A line for each epoch.
+        plugin: The state of the plug-in; empty without one.
     """
 
     epoch: int = 0
@@ -44,6 +45,7 @@ class RunState:
     valid: dict[str, float] = field(default_factory=dict)
     validations_since: int = 0
     log: list[dict[str, Any]] = field(default_factory=list)
+    plugin: dict[str, Any] = field(default_factory=dict)
 
     def improves(self, metric: str, valid: dict[str, float]) -> bool:
         """Returns whether a validation is better than the best so far."""
@@ -94,6 +96,7 @@ def load_state(folder: Path, ranker: Ranker, optimizer: torch.optim.Optimizer) -
         for key in ("step", "exp_avg", "exp_avg_sq"):
             if (stored := tensors.get(f"adam.{key}.{name}")) is not None:
                 optimizer.state[parameter][key] = stored.to(parameter.device)
+    told.setdefault("plugin", {})  # runs of earlier versions had none
     return RunState(**{name: told[name] for name in RunState.__dataclass_fields__})
 
 
