@@ -5,7 +5,6 @@ compute_metrics(records, ks=(5, 10)).mean()         # {'hr@5': ..., 'ndcg@10': .
 compare(records, other_records, names=["ndcg@10"])
 """
 
-import recllm.evaluation.top_k  # noqa: F401 - first, so that the name stays the function's
 from recllm.data.candidate_files import Candidates
 from recllm.evaluation.diagnostics import (
     Calibration,
