@@ -10,7 +10,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from recllm.graphs.screening import Screen, can_screen
+from recllm.graphs.screening import CHUNK, Screen, can_screen
 
 BLOCK = 2**24
 """Similarities that are held at a time: 64 MiB."""
@@ -59,7 +59,7 @@ def nearest_neighbors(
         vectors: Shape [items, width].
         present: Which items have a vector; bool, shape [items].
         k: Neighbors of an item, itself included; fewer where there are fewer items.
-        block: Similarities that are held at a time.
+        block: Similarities that are held at a time; twice as many where they are in bfloat16.
         screen: Look for candidates in bfloat16 first, which finds the same neighbors (see
             `recllm.graphs.screening`); None: where that is faster.
 
@@ -76,7 +76,7 @@ def nearest_neighbors(
     screen = can_screen(vectors, k) if screen is None else screen
     screened = Screen(vectors, scale) if screen and len(known) else None
     twins: tuple[Tensor, Tensor] | None = None
-    rows = max(block * (2 if screened else 1) // max(len(known), 1), 1)
+    rows = max(2 * block // (len(known) + CHUNK) if screened else block // max(len(known), 1), 1)
     found = []
     for at in range(0, len(known), rows):
         part = slice(at, min(at + rows, len(known)))

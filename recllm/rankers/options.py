@@ -113,8 +113,11 @@ def check_config(config: Any) -> None:
             raise DataError(f"--{flag} {value}: expected more than 0")
         if "dropout" in name and value >= 1:
             raise DataError(f"--{flag} {value}: expected less than 1")
-        if (name.endswith("_share") or name in ("pruned", "placeholders", "image_weight")) and value > 1:
+        shares = ("pruned", "placeholders", "image_weight", "threshold")
+        if (name.endswith("_share") or name in shares) and value > 1:
             raise DataError(f"--{flag} {value}: expected a share, 1 at most")
+    if hasattr(config, "check"):
+        config.check()
     heads = getattr(config, "heads", 1)
     if config.width % heads:
         raise DataError(f"--width {config.width}: expected a multiple of --heads {heads}")

@@ -17,9 +17,12 @@ from recllm.rankers.ranker import PairRanker, Ranker, SequenceRanker
 from recllm.rankers.training_data import TrainingData
 from tests.rankers import worlds
 
+# With fewer neighbors, ties at the last place are broken by the items' codes.
+REFINED = {"refine": True, "threshold": 0.2, "audience_neighbors": worlds.ITEMS}
 VARIANTS = {
     **{name: (name, {}) for name in RANKERS},
     "unisrec-both": ("unisrec", {"modalities": ("text", "image")}),
+    "freedom-refined": ("freedom", REFINED),
     "missrec": ("missrec", {"interest_share": 0.3}),
     "mmsbr": ("mmsbr", {"rounds": 2}),
 }

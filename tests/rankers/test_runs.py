@@ -549,6 +549,8 @@ def test_damaged_weights_and_foreign_folders_are_refused(split: Split, trained: 
         (["--ranker", "lightgcn", "--regularization", "-1", "--split", "SPLIT"], "--regularization -1"),
         (["--ranker", "sasrec", "--loss", "gbce", "--negatives", "500", "--split", "SPLIT"], "of 40 items"),
         (["--ranker", "lattice", "--split", "SPLIT"], "give --image"),
+        (["--ranker", "freedom", "--threshold", "0.4", "--split", "SPLIT"], "without --refine"),
+        (["--ranker", "smore", "--refine", "--threshold", "1.5", "--split", "SPLIT"], "1 at most"),
         (["--ranker", "hm4sr", "--image", "none", "--split", "SPLIT"], "--image"),
         (["--ranker", "unisrec", *ORDER, "--split", "SPLIT"], "unisrec reads --text catalog; leave the"),
         (["--ranker", "sasrec", *ORDER, "--split", "SPLIT"], "sasrec reads no features; leave the"),

@@ -14,7 +14,7 @@ Rankings come from the whole graph of interactions. Users whom training did not 
 
 With one modality alone, S is its graph. An item without the modality has no edges in S_m, and without a
 modality there is no S_m. As in the paper, no penalty of the tables. Raw features stay frozen (MMRec trains
-a copy of them).
+a copy of them). With --refine, S_m is refined as in MLLMRec (see `recllm.rankers.item_graphs`).
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ from recllm.graphs.propagation import (
 )
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
-from recllm.rankers.features import Features
-from recllm.rankers.item_graphs import neighbors_of
+from recllm.rankers.item_graphs import RefinementConfig, item_graph
 from recllm.rankers.pairs import (
     MODALITIES,
     compare,
@@ -55,7 +54,7 @@ from recllm.rankers.training_data import TrainingData
 
 
 @dataclass(frozen=True)
-class FREEDOMConfig:
+class FREEDOMConfig(RefinementConfig):
     """Sizes of FREEDOM."""
 
     width: int = 64
@@ -91,7 +90,9 @@ class FREEDOM(PairRanker):
         self.item_graphs = nn.ModuleDict()
         for modality, features in content.items():
             self.add_module(modality, xavier_projection(features, config.width))
-            self.item_graphs[modality] = SparseMatrix(binary_graph(features, config.neighbors))
+            self.item_graphs[modality] = SparseMatrix(
+                item_graph(features, config.neighbors, data, config, weighted=False)
+            )
         self._touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
         self.graph = SparseMatrix(symmetric_normalized(bipartite(self._touched)))
         self.pruned_graph = self.graph
@@ -134,11 +135,6 @@ class FREEDOM(PairRanker):
             for each in self.modalities
         )
         return compare(users, items, criterion) + self.config.content_loss * by_content
-
-
-def binary_graph(features: Features, neighbors: int) -> sparse.csr_array:
-    """Returns the normalized graph of nearest items, whose edges all weigh the same; shape [I, I]."""
-    return symmetric_normalized(neighbors_of(features, neighbors).matrix(weighted=False))
 
 
 def prune(touched: sparse.csr_array, share: float, random: np.random.Generator) -> sparse.csr_array:

@@ -20,7 +20,8 @@ Shapes: users [U, d], items [I, d], W_m f [I, features], learned edges [I, k].
 Learned neighbors are looked up once an epoch and for rankings; the weights of their edges come from the
 projections at every step, and carry the gradient to W_m (in MMRec one step of an epoch does so). Nothing is
 items x items (MMRec holds several such matrices whole). Raw features stay frozen (MMRec trains a copy).
-Either modality alone will do; items without a modality have no edges in its graphs.
+Either modality alone will do; items without a modality have no edges in its graphs. With --refine, S_m is
+refined as in MLLMRec (see `recllm.rankers.item_graphs`), and L_m stays as it is.
 Ours: a user whom training did not know starts from 0 and reads the graph from outside, by a row of A_ui of
 its own: (its own layer + those of its items) / (items + 1). Learned graphs are normalized for each modality,
 as in the paper (MMRec normalizes their sum).
@@ -45,13 +46,12 @@ from recllm.graphs.propagation import (
     interaction_matrix,
     mean_of_layers,
     row_normalized,
-    symmetric_normalized,
     trained_only,
 )
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
-from recllm.rankers.item_graphs import neighbors_of
+from recllm.rankers.item_graphs import RefinementConfig, item_graph
 from recllm.rankers.pairs import (
     MODALITIES,
     compare,
@@ -66,7 +66,7 @@ from recllm.rankers.training_data import TrainingData
 
 
 @dataclass(frozen=True)
-class LATTICEConfig:
+class LATTICEConfig(RefinementConfig):
     """Sizes of LATTICE."""
 
     width: int = 64
@@ -100,7 +100,7 @@ class LATTICE(PairRanker):
         self.modalities = tuple(content)
         self.modality_parts = {modality: (modality,) for modality in content}
         for modality, features in content.items():
-            self.add_module(modality, ModalityGraphs(features, config))
+            self.add_module(modality, ModalityGraphs(features, data, config))
         if len(content) > 1:
             self.importance = nn.Parameter(torch.zeros(len(content)))
         touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
@@ -144,12 +144,11 @@ class LATTICE(PairRanker):
 class ModalityGraphs(nn.Module):
     """The frozen and the learned item graph of one modality."""
 
-    def __init__(self, features: Features, config: LATTICEConfig) -> None:
+    def __init__(self, features: Features, data: TrainingData, config: LATTICEConfig) -> None:
         super().__init__()
         self.projection = xavier_projection(features, config.features)
         self.k, self.frozen_share = config.neighbors, config.frozen_share
-        found = neighbors_of(features, self.k)
-        self.frozen = SparseMatrix(symmetric_normalized(found.matrix().maximum(0)))
+        self.frozen = SparseMatrix(item_graph(features, self.k, data, config, weighted=True))
         self.register_buffer("neighbors", None, persistent=False)
         self.register_buffer("owners", None, persistent=False)
         self._looked_up: tuple[Tensor, ...] | None = None

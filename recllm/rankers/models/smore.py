@@ -14,7 +14,7 @@ With F the real Fourier transform along the d features (orthonormal) and learned
              + mu ( InfoNCE(s_i, e_i) + InfoNCE(s_u, e_u) ), cosines over the temperature, in the batch
 
 S_m: each item's k nearest by the raw features, cosines as weights, D^-1/2 S D^-1/2. S_f has the edges of
-both, with the larger weight. R~ = D_u^-1/2 R D_i^-1/2.
+both, with the larger weight. With --refine, S_m is MLLMRec's (see `item_graphs`). R~ = D_u^-1/2 R D_i^-1/2.
 
 Shapes: e, s, v [U + I, d]; users [U, d], items [I, d]; filters [d / 2 + 1, 2] (real and imaginary part).
 
@@ -52,7 +52,7 @@ from recllm.graphs.propagation import (
 from recllm.rankers.batches import Batch
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.features import Features
-from recllm.rankers.item_graphs import neighbors_of
+from recllm.rankers.item_graphs import RefinementConfig, item_graph
 from recllm.rankers.layers import Dropout
 from recllm.rankers.pairs import (
     MODALITIES,
@@ -68,7 +68,7 @@ from recllm.rankers.training_data import TrainingData
 
 
 @dataclass(frozen=True)
-class SMOREConfig:
+class SMOREConfig(RefinementConfig):
     """Sizes of SMORE."""
 
     width: int = 64
@@ -106,8 +106,8 @@ class SMORE(PairRanker):
         self.text = ModalityView(content["text"], config)
         self.image = ModalityView(content["image"], config)
         self.fusion = View(config)
-        text = cosine_graph(content["text"], config.text_neighbors)
-        image = cosine_graph(content["image"], config.image_neighbors)
+        text = item_graph(content["text"], config.text_neighbors, data, config, weighted=True)
+        image = item_graph(content["image"], config.image_neighbors, data, config, weighted=True)
         self.graph_of_text, self.graph_of_image = SparseMatrix(text), SparseMatrix(image)
         self.graph_of_both = SparseMatrix(text.maximum(image))
         touched = interaction_matrix(*data.pairs(), data.n_users, data.n_items)
@@ -231,8 +231,3 @@ def info_nce(one: Tensor, other: Tensor, temperature: float) -> Tensor:
     """Returns how badly each row of `one` [B, d] is told from the cosines with all rows of `other` [B, d]."""
     cosines = F.normalize(one) @ F.normalize(other).T
     return F.cross_entropy(cosines / temperature, torch.arange(len(one), device=one.device))
-
-
-def cosine_graph(features: Features, neighbors: int) -> sparse.csr_array:
-    """Returns the normalized graph of nearest items, whose edges weigh what the cosine is; shape [I, I]."""
-    return symmetric_normalized(neighbors_of(features, neighbors).matrix().maximum(0))
