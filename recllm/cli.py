@@ -184,6 +184,9 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
 }
 
 
+_LIKE = 0.6  # less alike, a name is not what was meant
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command; exits with 1 for what the user can mend, with 2 for unusable arguments."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -231,7 +234,8 @@ def _refuse(arguments: list[str]) -> None:
         return difflib.SequenceMatcher(None, words, " ".join(arguments[:length])).ratio()
 
     near = max(COMMANDS, key=likeness)
-    print(f"error: no command {said!r}; the nearest is {near!r} (`recllm --help` lists all)", file=sys.stderr)
+    hint = f"; the nearest is {near!r}" if likeness(near) >= _LIKE else ""
+    print(f"error: no command {said!r}{hint} (`recllm --help` lists all)", file=sys.stderr)
     raise SystemExit(2)
 
 

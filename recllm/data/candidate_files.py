@@ -27,7 +27,7 @@ from recllm.files import MANIFEST, read_json
 if TYPE_CHECKING:
     from recllm.data.splits import Split
 
-_AGAIN = "make the candidates again with `recllm data candidates`"
+_AGAIN = "make the candidates again with `recllm data candidates SPLIT --overwrite`"
 
 
 @dataclass(frozen=True, eq=False)

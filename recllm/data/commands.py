@@ -117,6 +117,7 @@ def split(options: SplitOptions) -> None:
         print(f"  {line}")
     for warning in made.manifest["warnings"]:
         print(f"warning: {warning}")
+    print(f"next: recllm data candidates {made.folder}")
 
 
 def candidates(options: CandidateOptions) -> None:

@@ -94,10 +94,12 @@ class Split:
             DataError: The folder is not a split, or the dataset is not the one that was split.
         """
         folder = Path(folder)
+        if not (folder / MANIFEST).is_file() or (folder / "splits").is_dir():
+            raise DataError(_not_a_split(folder))
         manifest = read_json(folder / MANIFEST, "a split (made by `recllm data split`)")
         place = Path(os.path.abspath(folder))  # noqa: PTH100 - resolve() would follow symbolic links
         if "protocol" not in manifest or place.parent.name != "splits":
-            raise DataError(f"{folder} is not a split; expected DATASET/splits/<name>")
+            raise DataError(_not_a_split(folder))
         dataset = dataset or Dataset.open(place.parent.parent)
         own = Origin.of_manifest(folder, {"data_hash": manifest.get("data_hash")})
         check_same_origin(own, dataset.origin, remedy="make the split again", required=("dataset",))
@@ -291,3 +293,10 @@ def _counts(assignment: Assignment) -> dict[str, int]:
         for code, name in enumerate(PARTS):
             counts[f"{name}_dislikes"] = int(np.count_nonzero(assignment.disliked_part == code))
     return {**counts, "unused": int(np.count_nonzero(unused))}
+
+
+def _not_a_split(folder: Path) -> str:
+    dataset = folder if (folder / "splits").is_dir() else folder.parent.parent
+    names = sorted(path.parent.name for path in dataset.glob(f"splits/*/{MANIFEST}"))
+    known = f"; splits of {dataset}: {', '.join(names)}" if names else "; `recllm data split` makes one"
+    return f"{folder} is not a split; expected DATASET/splits/<name>{known}"
