@@ -92,6 +92,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "embed_images",
         "item vectors from images under prompts (REVEAL), for --image of rankers",
     ),
+    "whatis": (
+        "recllm.report.provenance",
+        "WhatisOptions",
+        "whatis",
+        "what made a file or folder, from which files, and what has changed since",
+    ),
     "prompts ls": ("recllm.builders.commands", "ListOptions", "prompts_ls", "show the prompt templates"),
     "prompts cp": ("recllm.builders.commands", "CopyOptions", "prompts_cp", "write them as files to change"),
     "recipes ls": (

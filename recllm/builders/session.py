@@ -26,6 +26,7 @@ from recllm.mllm.store import GenerationStore, request_key
 from recllm.processes import rank
 from recllm.prompts import TEMPLATES
 from recllm.prompts.templates import Template, load_templates
+from recllm.runs.provenance import describe_run
 
 _SHOWN = 2  # prompts that a dry run prints
 _ERRORS_SHOWN = 5
@@ -128,6 +129,8 @@ class Session:
             "decoding": decoding.as_dict(),
             "special_tokens": list(self.backend.special_tokens),
             "templates": {template.name: describe_template(template) for template in templates},
+            # Without the time: the same command writes the same bytes, also when it was killed and resumed.
+            "run": {name: value for name, value in describe_run().items() if name != "time"},
             **facts,
         }
         write_texts(path, generated, metadata=metadata, extra=extra)
