@@ -22,6 +22,8 @@ from recllm.prompts.templates import Template
 
 YES, NO = "Yes.", "No."
 """The two completions (MLLM-SRec, table 1)."""
+NOTHING_KNOWN = "(nothing is known of it)"
+"""What a prompt says of an item without title, text and image."""
 _NUMBERED_MARK = re.compile(f"{IMAGE_MARK}([0-9]+){IMAGE_MARK}")
 
 
@@ -34,12 +36,14 @@ class Chat:
         images: Relative paths, one for each image part.
         shown: Row numbers of the interactions that the prompt may tell of, be it through a summary.
         looked: Whether VIU or IMSG turns are among the messages.
+        retrieved: Row numbers of other users' interactions that the prompt tells of.
     """
 
     messages: tuple[Message, ...]
     images: tuple[str, ...]
     shown: tuple[int, ...] = ()
     looked: bool = False
+    retrieved: tuple[int, ...] = ()
 
 
 class Composer:
@@ -167,7 +171,7 @@ class UserChats:
                 self._shown.add(int(history.rows[-1]))
             if summary is not None:
                 self._earlier += composer.recall(user, history, summary)
-        self.most_listed = min(options.history, len(history.items))
+        self.most_listed = min(options.history or 0, len(history.items))
         recent = slice(len(history.items) - self.most_listed, None)
         pairs = zip(history.items[recent].tolist(), history.rows[recent].tolist(), strict=True)
         lines = ((*self._line(item), row) for item, row in pairs)
@@ -218,7 +222,7 @@ class UserChats:
         image = composer.image(item) if options.target_image else None
         if image is not None:
             return f"{text} {pictures.add(image)}".lstrip()
-        return text or "(nothing is known of it)"
+        return text or NOTHING_KNOWN
 
 
 class _Pictures:

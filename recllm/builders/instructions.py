@@ -1,24 +1,11 @@
 """Instruction tuples on disk: TRL's `prompt` / `completion` rows with image paths, and who may know what.
 
-`DATASET/instructions/<name>/{train,valid,test}.parquet`:
-
-| column       | meaning                                                                                     |
-|--------------|---------------------------------------------------------------------------------------------|
-| `id`         | names the row: positive's row number, user and candidate                                    |
-| `user`       | the user's id                                                                               |
-| `item`       | the candidate's id                                                                          |
-| `label`      | 1 or 0                                                                                      |
-| `target`     | the positive's id (the item itself where `label` is 1)                                      |
-| `target_row` | its row number in `interactions.parquet`                                                    |
-| `prompt`     | list of messages, `{role, content: [{type, text}, ...]}`; an image part's text is null      |
-| `completion` | one message, the assistant's: "Yes." or "No."                                               |
-| `images`     | relative paths, one for each image part, in order                                           |
-| `shown`      | row numbers of the interactions that the prompt may tell of, be it through a summary        |
+The columns of DATASET/instructions/<name>/{train,valid,test}.parquet are in `recllm.data.instructions`.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,13 +14,19 @@ import orjson
 
 from recllm.builders.catalog import Catalog, ImageCheck
 from recllm.builders.chats import Chat, Composer, told_ratings
-from recllm.builders.instruction_rows import InstructionBuilder, write_rows
+from recllm.builders.instruction_rows import InstructionBuilder
+from recllm.builders.keyword_chats import KeywordComposer
 from recllm.builders.negatives import TrainingNegatives
 from recllm.builders.options import InstructionOptions, check_least, check_parts, check_plain
 from recllm.builders.preferences import Preferences
 from recllm.builders.prompt_length import PromptLength
+from recllm.builders.tasks import counts_of, shares_of
 from recllm.builders.texts import describe_template
+from recllm.config import refuse_given
 from recllm.data.dataset import Dataset, describe_file
+from recllm.data.instructions import write_rows
+from recllm.data.keywords import ItemKeywords
+from recllm.data.neighbors import Neighbors, neighbors_path
 from recllm.data.splits import Split
 from recllm.data.texts import ItemTexts, text_path
 from recllm.errors import DataError
@@ -56,7 +49,16 @@ _TOLD = (
     "negatives_missing",
     "history_items_left_out",
     "targets_not_listed",
+    "targets_without_neighbors",
+    "next_keywords_without_answer",
+    "choose_without_answer",
+    "summarize_without_answer",
 )
+_OF_KEYWORDS = ("keywords", "neighbors", "tasks", "choices", "target_id")
+_OF_OTHERS = ("cot_about", "preference", "visual", "summaries", "history_as", "profile", "user_id")
+"""Options of the form mmsrarec alone, and of the other forms alone."""
+_HISTORY = {"plain": 0, "cot": 0, "mmsrarec": 5}
+"""How many of the latest items are listed by default; 5 is MMSRARec's n."""
 
 
 def build_instructions(options: InstructionOptions) -> None:
@@ -67,6 +69,8 @@ def build_instructions(options: InstructionOptions) -> None:
             budget, or the folder exists.
     """
     _check(options)
+    if options.history is None:
+        options = replace(options, history=_HISTORY[options.form])
     dataset = Dataset.open(options.dataset)
     split = Split.open(dataset.folder / "splits" / options.split, dataset=dataset)
     folder = dataset.folder / "instructions" / _folder_name(options)
@@ -76,7 +80,11 @@ def build_instructions(options: InstructionOptions) -> None:
     if options.processor is not None:
         length = PromptLength(options.processor, dataset.folder, options.min_pixels, options.max_pixels)
     templates = load_templates(TEMPLATES, options.templates)
-    composer, images, sources = _composer(dataset, options, templates, preferences, length)
+    neighbors = _neighbors(split, options)
+    if options.form == "mmsrarec":
+        composer, images, sources = _keyword_composer(dataset, options, templates, neighbors, length)
+    else:
+        composer, images, sources = _composer(dataset, options, templates, preferences, length)
     sampler = TrainingNegatives(split, options.negative_sampling, options.seed)
     top = TopK.read(options.top_k) if options.top_k is not None else None
     builders = [
@@ -99,6 +107,7 @@ def build_instructions(options: InstructionOptions) -> None:
             "templates": {each.name: describe_template(each) for each in composer.templates},
             "texts": sources,
             "top_k": None if top is None else {"system": top.system, "k": top.k, **describe_file(top.path)},
+            "neighbors": None if neighbors is None else _described(neighbors),
             "unusable_images": dict(islice(images.unusable.items(), _NAMED)),
             "unusable_images_count": len(images.unusable),
             "counts": {builder.part: dict(sorted(builder.counts.items())) for builder in builders},
@@ -111,6 +120,7 @@ def build_instructions(options: InstructionOptions) -> None:
         print(
             f"{folder / builder.part}.parquet: {counts['rows']:,} rows of {counts['users']:,} users, "
             f"{counts['positives']:,} yes and {counts['negatives']:,} no"
+            + (f"; {others}" if (others := counts_of(counts)) else "")
         )
         for what in _TOLD:
             if counts[what]:
@@ -121,10 +131,16 @@ def build_instructions(options: InstructionOptions) -> None:
 
 def _check(options: InstructionOptions) -> None:
     check_parts(options.parts)
+    if options.form == "mmsrarec":
+        _check_keywords(options)
+    else:
+        refuse_given(
+            options, _OF_KEYWORDS, f"with --form {options.form}. Leave it out, or give --form mmsrarec"
+        )
     check_least(0, negatives=options.negatives, history=options.history, seed=options.seed)
     check_least(0, targets_per_user=options.targets_per_user, text_limit=options.text_limit)
     check_least(1, limit=options.limit, max_prompt_tokens=options.max_prompt_tokens)
-    for name in ("split", "preference", "visual", "summaries", "candidates", "name"):
+    for name in ("split", "preference", "visual", "summaries", "candidates", "name", "keywords", "neighbors"):
         check_plain(f"--{name}", getattr(options, name))
     if not (options.target_image or options.target_text):
         raise DataError("--no-target-image and --no-target-text together leave nothing of the target")
@@ -136,6 +152,25 @@ def _check(options: InstructionOptions) -> None:
         raise DataError("--top-k has the lists of one part; name it alone, by --parts valid or --parts test")
     if options.top_k is not None and options.candidates is not None:
         raise DataError("--top-k and --candidates both say which items to ask about; give one of them")
+
+
+def _check_keywords(options: InstructionOptions) -> None:
+    refuse_given(
+        options, _OF_OTHERS, "with --form mmsrarec. Leave it out, or give the --form that has it (plain, cot)"
+    )
+    shares = shares_of(options.tasks)
+    check_least(2, choices=options.choices)
+    if "choose" not in shares:
+        refuse_given(options, ("choices",), "without the task choose. Leave it out, or add choose to --tasks")
+    if options.top_k is not None:
+        refuse_given(
+            options, ("tasks", "choices"), "with --top-k, whose rows are to be scored: they are yes_no alone"
+        )
+    elif options.keywords == "none" and "summarize" in shares:
+        raise DataError(
+            "--keywords none: titles do not recur, so there is nothing to summarize; leave that task out, "
+            "for example --tasks yes_no next_keywords choose"
+        )
 
 
 def _folder_name(options: InstructionOptions) -> str:
@@ -155,7 +190,7 @@ def _check_other_parts(folder: Path, options: InstructionOptions) -> None:
 
 
 def _preferences(split: Split, part: str, options: InstructionOptions) -> Preferences | None:
-    if options.preference == "none":
+    if options.preference == "none" or options.form == "mmsrarec":
         return None
     path = text_path(split.dataset.folder, f"{options.preference}-{part}")
     preferences = Preferences.open(path, split, part)
@@ -205,6 +240,52 @@ def _composer(
     return composer, images, sources
 
 
+def _neighbors(split: Split, options: InstructionOptions) -> Neighbors | None:
+    if options.form != "mmsrarec" or options.neighbors == "none":
+        return None
+    path = neighbors_path(split.dataset.folder, options.neighbors)
+    neighbors = Neighbors.open(path, split, options.parts)
+    found, wanted = neighbors.facts.get("targets_per_user", 0), options.targets_per_user
+    if "train" in options.parts and found and (not wanted or wanted > found):
+        raise DataError(
+            f"{path} has neighbors of each user's latest {found} training targets, but --targets-per-user is "
+            f"{wanted or '0 (all)'}; find them with `recllm retrieve neighbors --run RUN --targets-per-user "
+            f"{wanted}`"
+        )
+    return neighbors
+
+
+def _keyword_composer(
+    dataset: Dataset,
+    options: InstructionOptions,
+    templates: dict[str, Template],
+    neighbors: Neighbors | None,
+    length: PromptLength | None,
+) -> tuple[KeywordComposer, ImageCheck, dict[str, str]]:
+    """As `_composer`, for the form mmsrarec."""
+    keywords = None if options.keywords == "none" else ItemKeywords.open(dataset, options.keywords)
+    known = set(length.special_tokens if length else ())
+    sources = {}
+    if keywords is not None:
+        keywords.tell_missing()
+        known |= set(keywords.special_tokens)
+        sources[keywords.name] = keywords.sha256
+    catalog = Catalog(dataset, sorted(known))
+    images = ImageCheck(catalog)
+    ratings = told_ratings(dataset, tell=options.tell_ratings)
+    composer = KeywordComposer(
+        catalog, templates, options, keywords, neighbors, images, dataset.item_codes, ratings
+    )
+    return composer, images, sources
+
+
+def _described(neighbors: Neighbors) -> dict[str, Any]:
+    """What a manifest says of the neighbors."""
+    names = ("ranker", "top_k", "base", "time", "next_items")
+    facts = {name: neighbors.facts.get(name) for name in names}
+    return {"name": neighbors.path.stem, **facts, **describe_file(neighbors.path)}
+
+
 def _told_to_tubc(preferences: dict[str, Preferences | None]) -> str:
     names = {each.metadata["item_texts"] for each in preferences.values() if each}
     if len(names) > 1:
@@ -218,7 +299,8 @@ def _preview(builder: InstructionBuilder) -> None:
     rows = list(islice(builder.rows(), 200))
     chats = [Chat(tuple(row["prompt"]), tuple(row["images"])) for row in rows]
     for row, chat in list(zip(rows, chats, strict=True))[:_SHOWN]:
-        print(f"--- {builder.part}: {row['id']} (label {row['label']}, images {row['images']})")
+        about = f"{row['task']}, label {row['label']}, images {row['images']}"
+        print(f"--- {builder.part}: {row['id']} ({about})")
         if builder.length is not None:
             print(builder.length.text(row["id"], chat))
         else:
@@ -235,4 +317,5 @@ def _preview(builder: InstructionBuilder) -> None:
 def settings_of(options: InstructionOptions) -> dict[str, Any]:
     """Returns the options that decide the rows, for the manifest."""
     left_out = ("dataset", "name", "overwrite", "dry_run", "templates", "top_k")
+    left_out += _OF_OTHERS if options.form == "mmsrarec" else _OF_KEYWORDS
     return {key: value for key, value in asdict(options).items() if key not in left_out}

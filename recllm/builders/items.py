@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 
-import orjson
 import polars as pl
 
 from recllm.builders.catalog import ID_LIMIT, Catalog
 from recllm.builders.options import ItemOptions
 from recllm.builders.session import Session
+from recllm.data.keywords import write_keywords
 from recllm.errors import DataError
-from recllm.files import write_file
 from recllm.mllm.chat import Request, Result, message
 from recllm.processes import rank
 from recllm.prompts.keywords import read_keywords
@@ -143,9 +142,9 @@ def _mmsrarec(session: Session, options: ItemOptions) -> None:
         path = session.text_path(names[2])
         dropped: Counter[str] = Counter()
         table = keyword_table(session.catalog.ids, of_images.results(), of_texts.results(), dropped)
+        tokens = list(session.backend.special_tokens)
         facts = {"data_hash": session.dataset.data_hash, "dropped": dict(dropped)}
-        metadata = {"recllm.keywords": orjson.dumps(facts).decode()}
-        write_file(path, lambda temporary: table.write_parquet(temporary, metadata=metadata))
+        write_keywords(path, table, **facts, special_tokens=tokens)
         print(f"{path}: {len(table):,} items, {table['keywords'].list.len().mean() or 0:.1f} keywords each")
         if dropped:
             left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())

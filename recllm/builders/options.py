@@ -149,30 +149,48 @@ class InstructionOptions:
     """The dataset folder."""
     split: str = "loo"
     """Name of a split below DATASET/splits."""
-    form: Literal["plain", "cot"] = "plain"
-    """plain: the question alone. cot: prompts and answers of VIU, IMSG and TUBC precede it (four steps)."""
+    form: Literal["plain", "cot", "mmsrarec"] = "plain"
+    """plain: the question alone. cot: prompts and answers of VIU, IMSG and TUBC precede it (four steps).
+    mmsrarec: keywords of the user's latest items and of similar users' next items, and four tasks."""
     cot_about: Literal["history", "target"] = "history"
     """For cot, whose VIU and IMSG: the latest history item's (candidates then share the whole prefix), or the
     target's. The paper leaves it open."""
     parts: tuple[Literal["train", "valid", "test"], ...] = ("train", "valid")
     """Which parts to write; the test part is only opened when it is named."""
     preference: str = "tubc"
-    """Name of the preference texts (tubc, read from texts/tubc-PART), or `none`."""
+    """For plain and cot: name of the preference texts (tubc, read from texts/tubc-PART), or `none`."""
     visual: str = "viu"
     """Name of the texts that VIU wrote, for cot."""
     summaries: str = "imsg"
     """Name of the texts that IMSG wrote, for cot and for --history-as summary."""
-    history: int = 0
-    """How many of the latest items are listed besides; MLLM-SRec lists none."""
+    history: int | None = None
+    """How many of the latest items are listed; by default none (plain, cot: MLLM-SRec lists none) or 5
+    (mmsrarec)."""
     history_as: Literal["summary", "title", "image", "image+title"] = "summary"
-    """How they are shown: by their IMSG summary, title, image, or image and title."""
+    """For plain and cot, how they are shown: by their IMSG summary, title, image, or image and title."""
     tell_ratings: bool = False
     """Histories say the user's ratings; on splits with --like they also hold dislikes, which are left out
     otherwise. Preference texts must have been written the same way."""
     profile: bool = True
-    """Say the user's profile, where users.parquet has the column `profile`; --no-profile leaves it out."""
+    """For plain and cot: say the user's profile, if users.parquet has the column `profile`; --no-profile
+    leaves it out."""
     user_id: bool = False
-    """Say the user's id, as the paper's table 1 does. An id carries no meaning that a model could use."""
+    """For plain and cot: say the user's id, as the paper's table 1 does. An id carries no meaning that a
+    model could use."""
+    keywords: str = "keywords"
+    """For mmsrarec: name of the item keywords (`recllm build items --system mmsrarec`), or `none`: titles
+    take their place (the ablation without stage 1)."""
+    neighbors: str = "sasrec"
+    """For mmsrarec: name of the file in DATASET/neighbors (`recllm retrieve neighbors`), or `none` (the
+    ablation without stage 2)."""
+    tasks: tuple[str, ...] = ("yes_no", "next_keywords", "choose", "summarize")
+    """For mmsrarec: the tasks, each with the share of the targets that it is asked of, for example
+    `yes_no choose=0.5`; 1 where none is given. Validation and scores read yes_no alone, and in the held-out
+    parts it is asked of every target. `--tasks yes_no` is the paper's single task."""
+    choices: int = 5
+    """For mmsrarec: candidates of the task choose, the target among them."""
+    target_id: bool = True
+    """For mmsrarec: say the target's id, as the paper does; --no-target-id leaves it out."""
     target_image: bool = True
     """Show the target's image; --no-target-image leaves it out."""
     target_text: bool = True

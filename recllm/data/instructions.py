@@ -1,11 +1,34 @@
-"""A part of an instructions folder, opened and checked in one way by training, scoring and reports."""
+"""The contract of instruction rows; a part is opened and checked in one way by training, scoring and reports.
+
+`DATASET/instructions/<name>/{train,valid,test}.parquet`:
+
+| column       | meaning                                                                                     |
+|--------------|---------------------------------------------------------------------------------------------|
+| `id`         | names the row: positive's row number, user and candidate                                    |
+| `user`       | the user's id                                                                               |
+| `item`       | the candidate's id                                                                          |
+| `label`      | 1 or 0                                                                                      |
+| `target`     | the positive's id (the item itself where `label` is 1)                                      |
+| `target_row` | its row number in `interactions.parquet`                                                    |
+| `prompt`     | list of messages, `{role, content: [{type, text}, ...]}`; an image part's text is null      |
+| `completion` | one message, the assistant's: "Yes." or "No.", or what the task asks for                    |
+| `images`     | relative paths, one for each image part, in order                                           |
+| `shown`      | row numbers of the interactions that the prompt may tell of, be it through a summary        |
+| `task`       | `yes_no`, which scores come from; or `next_keywords`, `choose`, `summarize` (MMSRARec)      |
+| `retrieved`  | row numbers of other users' interactions that the prompt tells of, through their keywords   |
+
+A row of another task than `yes_no` is about a target alone: its `item` is the target, its `label` 1. Files
+without the columns `task` and `retrieved`, which earlier versions wrote, have rows of `yes_no` alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import polars as pl
 
 from recllm.data.dataset import describe_file, hash_of_files
 from recllm.data.origins import Origin, check_same_origin
@@ -13,8 +36,29 @@ from recllm.errors import DataError
 from recllm.files import MANIFEST, read_json
 from recllm.runs.folder import SFT
 
+YES_NO = "yes_no"
+"""The value of the column `task` in rows that ask whether an item comes next; scores are of these alone."""
 TRAINED = (SFT, "exported model")
 """Kinds of folders whose weights were trained on instruction rows, as their manifests state."""
+
+
+_MESSAGES = pl.List(
+    pl.Struct({"role": pl.String, "content": pl.List(pl.Struct({"type": pl.String, "text": pl.String}))})
+)
+SCHEMA = {
+    "id": pl.String,
+    "user": pl.String,
+    "item": pl.String,
+    "label": pl.Int8,
+    "target": pl.String,
+    "target_row": pl.Int64,
+    "prompt": _MESSAGES,
+    "completion": _MESSAGES,
+    "images": pl.List(pl.String),
+    "shown": pl.List(pl.Int64),
+    "task": pl.String,
+    "retrieved": pl.List(pl.Int64),
+}
 
 
 @dataclass(frozen=True)
@@ -51,7 +95,7 @@ class InstructionPart:
 
     @property
     def form(self) -> str | None:
-        """`plain` or `cot`; None where the manifest does not say."""
+        """`plain`, `cot` or `mmsrarec`; None where the manifest does not say."""
         return self.manifest.get("settings", {}).get("form")
 
     @property
@@ -78,6 +122,31 @@ class InstructionPart:
             "split_hash": self.manifest.get("split_hash"),
             "form": self.form,
         }
+
+
+def rows_of_task(table: pl.LazyFrame, task: str = YES_NO) -> pl.LazyFrame:
+    """Returns the rows of one task of a part; all rows of a file without the column `task`.
+
+    Files from before there were several tasks lack it: their rows ask for yes or no.
+    """
+    if "task" in table.collect_schema().names():
+        return table.filter(pl.col("task") == task)
+    return table if task == YES_NO else table.clear()
+
+
+def write_rows(path: Path, rows: Iterator[dict[str, Any]], block: int = 2048) -> None:
+    """Writes rows as parquet, a block at a time, so that memory stays bounded."""
+    import pyarrow.parquet as pq
+
+    schema = pl.DataFrame(schema=SCHEMA).to_arrow().schema
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        held: list[dict[str, Any]] = []
+        for row in rows:
+            held.append(row)
+            if len(held) == block:
+                writer.write_table(pl.DataFrame(held, schema=SCHEMA).to_arrow().cast(schema))
+                held.clear()
+        writer.write_table(pl.DataFrame(held, schema=SCHEMA).to_arrow().cast(schema))
 
 
 def open_part(instructions: Path, part: str) -> InstructionPart:

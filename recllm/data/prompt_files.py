@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
+from recllm.data.instructions import rows_of_task
 from recllm.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,12 +21,15 @@ FILE_ROW = "file_row"
 _SMALL = ("id", "user", "target_row", "target", "item", "label", "images")
 
 
-def small_columns(path: Path, users: Collection[str] | None = None) -> pl.DataFrame:
+def small_columns(
+    path: Path, users: Collection[str] | None = None, *, task: str | None = None
+) -> pl.DataFrame:
     """Reads all columns but the texts, which take kilobytes a row.
 
     Args:
         path: A part of instructions.
         users: Read the rows of these users only.
+        task: Read the rows of this task only, for example `recllm.data.instructions.YES_NO`; None: all rows.
 
     Returns:
         The rows in the file's order: `file_row`, and of id, user, target_row, target, item, label and images
@@ -33,6 +37,8 @@ def small_columns(path: Path, users: Collection[str] | None = None) -> pl.DataFr
     """
     table = pl.scan_parquet(path, glob=False, row_index_name=FILE_ROW)
     names = table.collect_schema().names()
+    if task is not None:
+        table = rows_of_task(table, task)
     if users is not None:
         table = table.filter(pl.col("user").is_in(pl.Series(users, dtype=pl.String).implode()))
     kept = table.select(FILE_ROW, *(name for name in _SMALL if name in names))

@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 
 from recllm.data.dataset import Dataset
+from recllm.data.instructions import rows_of_task
 from recllm.data.splits import Split
 from recllm.data.user_histories import UserHistories
 from recllm.evaluation.ranks import RankRecords
@@ -114,7 +115,7 @@ def item_texts(
 
 def prompts(path: Path, chosen: Chosen) -> dict[str, list[Turn]]:
     """Returns the turns of the prompt about each candidate of a list, by item; those that there are."""
-    rows = pl.scan_parquet(path, glob=False).filter(pl.col("user") == chosen.user)
+    rows = rows_of_task(pl.scan_parquet(path, glob=False)).filter(pl.col("user") == chosen.user)
     if chosen.target is not None:
         rows = rows.filter(pl.col("target") == chosen.target)
     table = rows.select("item", "prompt").collect()

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 1024
 _COLUMNS = ("id", "prompt", "completion", "images")
-_TARGET = ("user", "target_row")
-"""Columns by which neighboring rows are about one target: the same user at the same time."""
+_TARGET = ("user", "target_row", "task")
+"""Columns by which neighboring rows are about one target: the same user at the same time, one task."""
 
 
 def training_rows(
@@ -44,7 +44,7 @@ def training_rows(
 
     Returns:
         Columns id, input_ids, start and end (of the completion), images (files), length, and group: equal
-        for neighboring rows about one user at one time, whose prompts mostly begin alike.
+        for neighboring rows of one task about one user at one time, whose prompts mostly begin alike.
 
     Raises:
         DataError: As `recllm.training.conversations.ConversationEncoder.encode`; or there are no rows.

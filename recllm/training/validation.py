@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from recllm.data.instructions import YES_NO, rows_of_task
 from recllm.data.prompt_files import FILE_ROW, PromptFile, small_columns
 from recllm.errors import DataError
 from recllm.evaluation import compute_metrics, rank_candidates
@@ -25,6 +26,8 @@ _PROBES = 16
 
 class Validation:
     """Scores the validation part's candidate lists with the weights as they are at the moment.
+
+    Only rows that ask for yes or no are scored; other tasks are left out.
 
     Every rank scores the same lists. Under ZeRO-3 it must (each forward gathers weights from all ranks), and
     elsewhere it costs no wall time and needs no exchange; `valid_users` bounds what it costs.
@@ -47,7 +50,9 @@ class Validation:
         users: int | None = None,
         visual_store: VisualStore | None = None,
     ):
-        lists = pl.scan_parquet(part.path, glob=False).select("user", "target", "label").collect()
+        lists = (
+            rows_of_task(pl.scan_parquet(part.path, glob=False)).select("user", "target", "label").collect()
+        )
         labels = lists.group_by("user", "target").agg(
             positives=pl.col("label").sum(), negatives=(1 - pl.col("label")).sum()
         )
@@ -64,7 +69,8 @@ class Validation:
             names = lists["user"].unique(maintain_order=True)
             places = np.unique(np.linspace(0, len(names) - 1, min(users, len(names))).round().astype(int))
             chosen = names[places]
-        self.rows = small_columns(part.path, chosen)  # a prompt takes kilobytes, and stays in the file
+        # A prompt takes kilobytes, and stays in the file.
+        self.rows = small_columns(part.path, chosen, task=YES_NO)
         self._prompts = PromptFile(part.path)
         self._loaded, self._part, self._store = loaded, part, visual_store
 

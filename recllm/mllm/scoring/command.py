@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from recllm.config import refuse_given
-from recllm.data.instructions import InstructionPart, check_trained_on, open_part
+from recllm.data.instructions import YES_NO, InstructionPart, check_trained_on, open_part, rows_of_task
 from recllm.data.origins import made, made_metadata
 from recllm.data.prompt_files import FILE_ROW, PromptFile, image_paths, small_columns
 from recllm.errors import DataError
@@ -105,7 +105,7 @@ def score_yes_no(options: YesNoOptions) -> None:
 
 
 def rows_to_score(source: InstructionPart, limit: int | None) -> pl.DataFrame:
-    """Returns the rows of a part, or those of its first `limit` users, without their prompts.
+    """Returns the yes/no rows of a part, or those of its first `limit` users, without their prompts.
 
     They are as `recllm.data.prompt_files.small_columns` returns them; `PromptFile` reads their prompts.
 
@@ -114,11 +114,11 @@ def rows_to_score(source: InstructionPart, limit: int | None) -> pl.DataFrame:
     """
     users = None
     if limit is not None:
-        names = pl.scan_parquet(source.path, glob=False).select("user").collect()["user"]
+        names = rows_of_task(pl.scan_parquet(source.path, glob=False)).select("user").collect()["user"]
         users = names.unique(maintain_order=True).head(limit)
-    rows = small_columns(source.path, users)
+    rows = small_columns(source.path, users, task=YES_NO)
     if rows.is_empty():
-        raise DataError(f"{source.path} has no rows to score")
+        raise DataError(f"{source.path} has no rows that ask for yes or no, so there is nothing to score")
     keys = ["user", "target", "item"]
     if (twice := rows.filter(rows.select(keys).is_duplicated())).height:
         first = dict(zip(keys, twice.select(keys).row(0), strict=True))
