@@ -192,8 +192,8 @@ class InstructionBuilder:
             return
         listed = self._fitting(chats, target, name, asked)
         for each in asked:
-            if each.task == SUMMARIZE and not listed:  # the budget has left nothing to summarize
-                self.counts["summarize_without_answer"] += 1
+            if each.task != YES_NO and not listed:  # the budget has left no history to answer from
+                self.counts[f"{each.task}_without_answer"] += 1
                 continue
             chat, item = each.chat(listed), each.item
             self._guard(chat, target.row, f"user {name!r}, row {target.row}")

@@ -160,6 +160,8 @@ def _check_keywords(options: InstructionOptions) -> None:
     )
     shares = shares_of(options.tasks)
     check_least(2, choices=options.choices)
+    if options.history == 0 and set(shares) != {"yes_no"}:
+        raise DataError("--history 0: only yes_no can be asked without a history; give --tasks yes_no")
     if "choose" not in shares:
         refuse_given(options, ("choices",), "without the task choose. Leave it out, or add choose to --tasks")
     if options.top_k is not None:

@@ -400,6 +400,7 @@ def test_items_without_keywords_are_told_by_their_title(world, build, capsys):
         ),
         ({"form": "cot", "neighbors": "none"}, "--neighbors has no effect with --form cot"),
         ({"history": -1}, "--history -1"),
+        ({"history": 0}, "without a history"),
     ],
 )
 def test_options_that_cannot_work_are_named(world, change, words):
