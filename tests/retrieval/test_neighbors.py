@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import runpy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,27 +21,22 @@ from recllm.data.splits import Split, SplitOptions, make_split
 from recllm.data.user_histories import UserHistories
 from recllm.errors import DataError
 from recllm.rankers.batches import history_batch
-from recllm.rankers.fit import fit
 from recllm.rankers.options import options_class
-from recllm.rankers.run_folder import begin_run, keep_run, load_run, make_ranker, open_run, release
+from recllm.rankers.run_folder import load_run
 from recllm.rankers.training_data import Histories
 from recllm.retrieval import nearest
 from recllm.retrieval.nearest import nearest_users
 from recllm.retrieval.neighbors import NeighborOptions, find_neighbors, knowledge_base
 from tests.conftest import make_dataset
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "train_ranker.py"
+
 
 def train(ranker: str, split: Split, out: Path) -> Path:
-    """Trains a narrow ranker for an epoch."""
-    options = options_class(ranker)(
-        ranker=ranker, split=split.folder, out=out, epochs=1, width=16, batch_size=32
-    )
+    """Trains a narrow ranker for an epoch, with the shipped recipe."""
+    options = options_class(ranker)(ranker=ranker, split=split.folder, out=out, epochs=1, width=16)
     with contextlib.redirect_stdout(io.StringIO()):
-        run = open_run(options)
-        model = make_ranker(options, run.data)
-        lock = begin_run(options, run)
-        keep_run(options, run, fit(model, run.data, run.split, options, run.path, resume=False), model)
-        release(lock)
+        runpy.run_path(str(RECIPE))["main"](options)
     return out
 
 
@@ -373,7 +369,7 @@ def test_what_cannot_work_is_named(world, tmp_path, capsys):
         (["--run", run, "--parts", "valid", "valid"], "each once"),
         (["--run", run, "--name", "../x"], "plain word"),
         (["--run", str(world["loo-bpr"])], "sequence ranker"),
-        (["--run", str(tmp_path)], "run of a ranker"),
+        (["--run", str(tmp_path)], "train_ranker.py"),
     ):
         with pytest.raises(SystemExit):
             main(["retrieve", "neighbors", *arguments])
