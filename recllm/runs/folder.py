@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 from recllm.errors import BusyError, DataError
 from recllm.files import MANIFEST, read_json
 
-SFT, RANKER = "sft run", "ranker run"
-KINDS = (SFT, RANKER)
+SFT, GRPO, RANKER = "sft run", "grpo run", "ranker run"
+KINDS = (SFT, GRPO, RANKER)
 """The kinds of runs that a manifest names."""
 FINISHED, TRAINING = "finished", "training"
-_RECIPES = {SFT: "recipes/sft.py", RANKER: "recipes/train_ranker.py"}
+_RECIPES = {SFT: "recipes/sft.py", GRPO: "recipes/grpo.py", RANKER: "recipes/train_ranker.py"}
 
 
 def find_run(path: Path, kind: str) -> dict[str, Any] | None:

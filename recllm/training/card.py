@@ -84,8 +84,8 @@ def _sections(run: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
     return [
         f"# {escaped(run.resolve().name)}",
         "",
-        f"{escaped(_base(manifest))}, fine-tuned to say for a user and an item whether the user will choose "
-        "the item: the margin between the answers yes and no ranks candidates. "
+        f"{escaped(base_of(manifest))}, fine-tuned to say for a user and an item whether the user will "
+        "choose the item: the margin between the answers yes and no ranks candidates. "
         f"{_METHODS[settings['method']]}; made by recllm.",
         "",
         "## Validation",
@@ -93,7 +93,7 @@ def _sections(run: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
         f"On the validation lists, with the weights of step {int(metrics['best_step'])}, which had the "
         "highest validation AUC. No test data was read.",
         "",
-        *_table(
+        *table(
             ["metric", "value"], [[_NAMES.get(key, key), value] for key, value in metrics["valid"].items()]
         ),
         "",
@@ -101,11 +101,11 @@ def _sections(run: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
         "",
         "## Data",
         "",
-        *_table(["instructions", ""], _flat(_without_place(manifest["instructions"]))),
+        *table(["instructions", ""], flat(_without_place(manifest["instructions"]))),
         "",
         "## What was trained",
         "",
-        *_table(["part", "parameters", "trained"], manifest["parts"]),
+        *table(["part", "parameters", "trained"], manifest["parts"]),
         "",
         "## How to load",
         "",
@@ -119,12 +119,13 @@ def _sections(run: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
         "",
         fenced(shlex.join(manifest["run"]["command"]), "bash"),
         "",
-        *_table(["", ""], _flat({key: value for key, value in manifest["run"].items() if key != "command"})),
+        *table(["", ""], flat({key: value for key, value in manifest["run"].items() if key != "command"})),
         "",
     ]
 
 
-def _base(manifest: Mapping[str, Any]) -> str:
+def base_of(manifest: Mapping[str, Any]) -> str:
+    """Returns a run's base model and which state of it, in words."""
     model = manifest["model"]
     if "revision" in model:
         return f"{model['model']} (revision {model['revision']})"
@@ -173,17 +174,19 @@ def _without_place(instructions: Mapping[str, Any]) -> dict[str, Any]:
     return {**instructions, "dataset": Path(place).name} if place else dict(instructions)
 
 
-def _flat(content: Mapping[str, Any], prefix: str = "") -> list[list[Any]]:
+def flat(content: Mapping[str, Any], prefix: str = "") -> list[list[Any]]:
+    """Returns nested settings as rows of two cells."""
     rows: list[list[Any]] = []
     for key, value in content.items():
         if isinstance(value, Mapping):
-            rows += _flat(value, f"{prefix}{key} / ")
+            rows += flat(value, f"{prefix}{key} / ")
         else:
             rows.append([f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else value])
     return rows
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Returns the lines of a table in Markdown, its cells escaped."""
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     return lines + [f"| {' | '.join(escaped(_shown(value)) for value in row)} |" for row in rows]
 

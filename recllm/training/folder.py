@@ -81,11 +81,11 @@ def open_run(options: SFTOptions) -> RunFolder:
     """
     if options.instructions is None:
         raise DataError("--instructions is missing: give a folder made by `recllm build instructions`")
-    _check_reports(options)
-    _check_optimizer(options)
+    check_reports(options)
+    check_optimizer(options)
     name = f"{Path(options.model).name}-{options.method}-{Path(options.instructions).name}"
     run = RunFolder(options.out or Path("runs") / name)
-    if _begun(run.path) and not options.overwrite:
+    if begun(run.path, SFT) and not options.overwrite:
         run = _resumed(options, run)
     elif options.resume not in ("auto", "none"):
         raise DataError(f"--resume {options.resume}: there is no run in {run.path} to go on with")
@@ -101,7 +101,7 @@ def open_run(options: SFTOptions) -> RunFolder:
         if run.checkpoint is None:
             refuse_nested(run.path)
             run.path.mkdir(parents=True, exist_ok=True)
-            _empty(run.path)
+            empty_folder(run.path)
             run.checkpoints.mkdir()
             write_json(run.path / MANIFEST, _manifest(options, run, TRAINING))
         else:
@@ -120,12 +120,7 @@ def keep_run(
     """Puts the best step's weights, metrics, curves and card into the run's folder; the manifest last."""
     probes = data.validation.probes(trainer.model)
     if rank() == 0:
-        best = run.checkpoints / f"checkpoint-{trainer.state.best_global_step}"
-        for path in sorted({path for pattern in _KEPT for path in best.glob(pattern)}):
-            if path.name not in _OF_TRAINING:
-                write_file(
-                    run.path / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary)
-                )
+        keep_weights(run, trainer.state.best_global_step)
         write_file(run.path / "probes.parquet", probes.write_parquet)
         write_json(run.path / "metrics.json", _metrics(run, trainer))
         write_json(
@@ -142,7 +137,15 @@ def keep_run(
     sum_over_ranks([0])
 
 
-def push_run(options: SFTOptions, run: RunFolder) -> None:
+def keep_weights(run: RunFolder, step: int) -> None:
+    """Copies what a model is loaded from, of a step's checkpoint, into the run's folder."""
+    best = run.checkpoints / f"checkpoint-{step}"
+    for path in sorted({path for pattern in _KEPT for path in best.glob(pattern)}):
+        if path.name not in _OF_TRAINING:
+            write_file(run.path / path.name, lambda temporary, path=path: shutil.copyfile(path, temporary))
+
+
+def push_run(options: Any, run: RunFolder) -> None:
     """Uploads a finished run where `--push-to-hub` asks for it, be it finished now or before.
 
     Raises:
@@ -163,7 +166,8 @@ def _draw_and_describe(path: Path) -> None:
     write_card(path)
 
 
-def _check_optimizer(options: SFTOptions) -> None:
+def check_optimizer(options: Any) -> None:
+    """Raises a `DataError` where transformers has no optimizer of the name in `options.optimizer`."""
     from transformers.training_args import OptimizerNames
 
     known = [name.value for name in OptimizerNames]
@@ -172,20 +176,36 @@ def _check_optimizer(options: SFTOptions) -> None:
         raise DataError(f"--optimizer {options.optimizer!r}: unknown; did you mean {' or '.join(nearest)}?")
 
 
-def _begun(path: Path) -> bool:
+def begun(path: Path, kind: str) -> bool:
     """Returns whether there is a run in the folder with something to lose.
 
     Raises:
         DataError: Something else is there.
     """
-    manifest = find_run(path, SFT)
+    manifest = find_run(path, kind)
     if manifest is None:
         return False
     finished = manifest["status"] == FINISHED
     return finished or bool(complete_checkpoints(path / "checkpoints"))
 
 
-def _empty(path: Path) -> None:
+def checkpoint_to_resume(run: RunFolder, resume: str) -> Path | None:
+    """Returns the checkpoint that `--resume` names, or the latest whole one; None where there is none yet.
+
+    Raises:
+        DataError: It names something else.
+    """
+    if resume == "auto":
+        return (complete_checkpoints(run.checkpoints) or [None])[-1]
+    checkpoint = Path(resume)
+    step_of(checkpoint)
+    if not is_complete(checkpoint):
+        raise DataError(f"--resume {checkpoint}: not a complete checkpoint; --resume auto takes the latest")
+    return checkpoint
+
+
+def empty_folder(path: Path) -> None:
+    """Removes all that a folder holds, its manifest last, so that a kill leaves it known for what it was."""
     for entry in sorted(path.iterdir(), key=lambda entry: entry.name == MANIFEST):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -193,7 +213,8 @@ def _empty(path: Path) -> None:
             entry.unlink()
 
 
-def _check_reports(options: SFTOptions) -> None:
+def check_reports(options: Any) -> None:
+    """Raises a `DataError` where the package of a name in `options.report_to` is not installed."""
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     for name in options.report_to:
@@ -207,16 +228,7 @@ def _resumed(options: SFTOptions, run: RunFolder) -> RunFolder:
     check_resumable(run.path, resume=options.resume, differences=options.differences(manifest["settings"]))
     if manifest["status"] == FINISHED:
         return replace(run, finished=True)
-    if options.resume == "auto":
-        checkpoint = (complete_checkpoints(run.checkpoints) or [None])[-1]
-    else:
-        checkpoint = Path(options.resume)
-        step_of(checkpoint)
-        if not is_complete(checkpoint):
-            raise DataError(
-                f"--resume {checkpoint}: not a complete checkpoint; --resume auto takes the latest"
-            )
-    return replace(run, checkpoint=checkpoint)
+    return replace(run, checkpoint=checkpoint_to_resume(run, options.resume))
 
 
 def _open_parts(options: SFTOptions) -> tuple[InstructionPart, InstructionPart]:

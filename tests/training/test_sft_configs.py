@@ -13,7 +13,9 @@ from recllm.training.options import SFTOptions
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(
-    path for path in (ROOT / "recipes" / "configs").rglob("*.yaml") if path.parent.name != "rankers"
+    path
+    for path in (ROOT / "recipes" / "configs").rglob("*.yaml")
+    if path.parent.name != "rankers" and path.stem != "keywords"
 )
 MODELS = {
     "tiny": "tiny",

@@ -1,0 +1,1 @@
+"""Group relative policy optimization of what a model writes about items; see `recipes/grpo.py`."""
