@@ -230,4 +230,6 @@ def _trained(weights: Path | str | None) -> Mapping[str, Any] | None:
     if weights is None or not (Path(weights) / MANIFEST).is_file():
         return None
     manifest = read_json(Path(weights) / MANIFEST, "a run's folder (made by `recipes/sft.py`)")
+    if "data" in manifest:  # the export of a GRPO run, which learned from items and no rows
+        return None
     return manifest if manifest.get("kind") in TRAINED else None

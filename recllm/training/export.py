@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from recllm.errors import DataError
-from recllm.files import MANIFEST, sha256, staged_folder, write_json
-from recllm.runs.folder import SFT, read_manifest
+from recllm.files import MANIFEST, read_json, sha256, staged_folder, write_json
+from recllm.runs.folder import GRPO, SFT, read_manifest
 from recllm.runs.provenance import describe_run
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class ExportOptions:
     """Writes a run as a model of its own: adapter merged in bfloat16, checked on the run's stored prompts."""
 
     run: Positional[Annotated[Path, arg(metavar="RUN")]]
-    """The run's folder, made by recipes/sft.py."""
+    """The run's folder, made by recipes/sft.py or recipes/grpo.py."""
     out: Positional[Annotated[Path, arg(metavar="OUT")]]
     """The folder to make: a plain transformers model with its processor."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -117,7 +117,7 @@ def export(options: ExportOptions) -> None:
         raise DataError(f"--tolerance {options.tolerance}: expected 0 or more")
     manifest = read_run(options.run)
     probes = _read_probes(options.run)
-    dataset = options.dataset or Path(manifest["instructions"]["dataset"])
+    dataset = options.dataset or Path(_made_from(manifest)["dataset"])
     if not dataset.is_dir():
         raise DataError(
             f"{dataset}: the stored prompts' images were there, and it is gone; say --dataset FOLDER"
@@ -153,10 +153,16 @@ def read_run(run: Path) -> dict[str, Any]:
     Raises:
         DataError: The folder is not a run's, or its training has not ended.
     """
-    manifest = read_manifest(run, SFT)
+    kind = read_json(run / MANIFEST, "a run's folder").get("kind")
+    manifest = read_manifest(run, GRPO if kind == GRPO else SFT)
     if "parts" not in manifest or not any((run / name).is_file() for name in _WEIGHTS):
         raise DataError(f"{run}: its training has not ended; run the same command again to resume it")
     return manifest
+
+
+def _made_from(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a run says of its rows (fine-tuning) or its items (GRPO), the dataset's place among it."""
+    return manifest["data"] if manifest["kind"] == GRPO else manifest["instructions"]
 
 
 def _read_probes(run: Path) -> pl.DataFrame:
@@ -313,7 +319,7 @@ def _manifest(
         "dtype": options.dtype,
         "from": {"run": str(options.run), "sha256": sha256(weights), "model": manifest["model"]},
         "settings": manifest["settings"],
-        "instructions": manifest["instructions"],
+        "data" if manifest["kind"] == GRPO else "instructions": _made_from(manifest),
         "checks": {name: vars(comparison) for name, comparison in checks.items()},
         "run": describe_run(),
     }

@@ -31,9 +31,12 @@ from recllm.training.folder import (
 from recllm.training.grpo.options import GRPOOptions
 
 if TYPE_CHECKING:
+    from recllm.mllm.loading import LoadedModel
     from recllm.training.grpo.steps import TrainingData
     from recllm.training.grpo.trainer import RecGRPOTrainer
     from recllm.training.sft import TrainableModel
+
+_PROBES = 16
 
 
 def open_run(options: GRPOOptions) -> RunFolder:
@@ -83,6 +86,8 @@ def keep_run(
     if rank() == 0:
         step = trainer.state.best_global_step
         keep_weights(run, step)
+        probes = _probes(replace(model.loaded, model=trainer.model), data)
+        write_file(run.path / "probes.parquet", probes.write_parquet)
         samples = read_log(run.path / "completions.jsonl")
         write_file(run.path / "completions.parquet", completion_table(samples).write_parquet)
         metrics = _metrics(run, trainer, options.metric)
@@ -103,6 +108,31 @@ def keep_run(
                 f"{metrics['valid'][options.metric]:.4f})"
             )
     sum_over_ranks([0])
+
+
+def _probes(loaded: LoadedModel, data: TrainingData) -> pl.DataFrame:
+    """Returns some held-out prompts with their margins of yes against no: no one asks them that, but whether
+    `recllm export` writes the same model shows in any number."""
+    from recllm.mllm.scoring import YesNoScorer, score_table
+
+    sources = data.rows.valid[:_PROBES]
+    parts = [[part for turn in source.messages for part in turn["content"]] for source in sources]
+    rows = pl.DataFrame(
+        {
+            "id": [source.id for source in sources],
+            "user": [source.id for source in sources],
+            "target": [source.item for source in sources],
+            "item": [source.item for source in sources],
+            "label": [0] * len(sources),
+            "prompt": [
+                [{"role": "user", "content": [{"type": p["type"], "text": p.get("text")} for p in each]}]
+                for each in parts
+            ],
+            "images": pl.Series([list(source.images) for source in sources], dtype=pl.List(pl.String)),
+        }
+    )
+    scored = score_table(YesNoScorer(loaded), rows, data.rows.dataset.folder)
+    return rows.with_columns(margin=scored["margin"])
 
 
 def completion_table(samples: list[dict[str, Any]]) -> pl.DataFrame:

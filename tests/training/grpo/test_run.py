@@ -140,6 +140,21 @@ def test_the_builder_writes_the_tuned_keywords(planted, toys):
     assert hashes == {hash_of_messages(source.messages) for source in rows.train}
 
 
+def test_a_run_is_exported_as_a_model_of_its_own(planted, tmp_path, capsys):
+    from recllm.data.instructions import check_trained_on
+    from recllm.training.export import ExportOptions, export
+
+    options, run = planted
+    export(ExportOptions(run, tmp_path / "model", dtype="float32"))
+    assert "adapter against base alone" in capsys.readouterr().out
+    assert word_probability(load(tmp_path / "model"), options) == pytest.approx(
+        word_probability(load("tiny", adapter=run), options), abs=1e-4
+    )
+    # Fine-tuning may begin from both: neither learned from a split.
+    for weights in (run, tmp_path / "model"):
+        assert check_trained_on(weights, None, allow_other_split=False)
+
+
 def test_a_step_of_a_millionth_changes_the_weights_of_a_quantized_run(planted, grpo: Options):
     """In bfloat16, where TRL puts QLoRA's adapters, it would change next to none."""
     _, start = planted
