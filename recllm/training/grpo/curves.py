@@ -11,8 +11,8 @@ from recllm.runs.log import read_log
 from recllm.training.curves import smoothed
 
 _COLORS = (
-    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"),
-    *("#8c510a", "#762a83", "#666666"),
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#8c510a", "#762a83", "#666666", "#b2182b"),
 )
 _FAULTS = ("empty", "truncated", "repeating", "copied")
 
@@ -74,12 +74,14 @@ def draw_curves(run: Path, parts: Sequence[str]) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5")
         axes.set_axisbelow(True)
-        for color, (key, name) in zip(_COLORS * 2, curves, strict=False):
+        for place, (key, name) in enumerate(curves):
             points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
             if points:
                 steps, values = map(list, zip(*points, strict=True))
                 shown = smoothed(values) if smooth and len(values) > 25 else values
                 mark = "." if len(values) <= 25 else ""
+                number = parts.index(name) if name in parts else place
+                color = "black" if name.startswith("all") else _COLORS[number % len(_COLORS)]
                 axes.plot(steps, shown, color=color, linewidth=1.5, marker=mark, label=_plain(name))
         if best is not None:
             axes.axvline(best, color="#666666", linewidth=0.8)
