@@ -34,7 +34,7 @@ from recllm.data.dataset import describe_file, hash_of_files
 from recllm.data.origins import Origin, check_same_origin
 from recllm.errors import DataError
 from recllm.files import MANIFEST, read_json
-from recllm.runs.folder import SFT
+from recllm.runs.folder import GRPO, SFT
 
 YES_NO = "yes_no"
 """The value of the column `task` in rows that ask whether an item comes next; scores are of these alone."""
@@ -230,6 +230,7 @@ def _trained(weights: Path | str | None) -> Mapping[str, Any] | None:
     if weights is None or not (Path(weights) / MANIFEST).is_file():
         return None
     manifest = read_json(Path(weights) / MANIFEST, "a run's folder (made by `recipes/sft.py`)")
-    if "data" in manifest:  # the export of a GRPO run, which learned from items and no rows
-        return None
+    if manifest.get("kind") == GRPO or (manifest.get("kind") in TRAINED and "data" in manifest):
+        data = manifest["data"]  # of GRPO, also exported: items alone, or a split's users as well
+        return {"instructions": data} if data.get("split_hash") else None
     return manifest if manifest.get("kind") in TRAINED else None

@@ -14,6 +14,7 @@ _WRITES = {
     "keywords": "the keywords of an item's image and of its text (MMSRARec, stage 1)",
     "viu": "what an item's image shows (MLLM-SRec, equation 1)",
     "imsg": "a summary of an item's image and text (MLLM-SRec, equation 2)",
+    "choose": "which of some candidates a user will choose next (MMSRARec, stage 3), paid by rank",
 }
 _SYSTEMS = {"keywords": "mmsrarec", "viu": "mllm_srec", "imsg": "mllm_srec"}
 
@@ -49,11 +50,9 @@ def _sections(run: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
 
     settings, data = manifest["settings"], dict(manifest["data"])
     data["dataset"] = Path(data["dataset"]).name  # where it lies is nobody's business
-    here = settings.get("push_to_hub") or str(run)
     before, after = metrics["untrained"], metrics["valid"]
     better = after[metrics["metric"]] > before[metrics["metric"]]
-    command = f"recllm build items DATASET --system {_SYSTEMS[settings['task']]} --model {settings['model']}"
-    quantized = " --quantization nf4" if settings["method"] == "qlora" else ""
+    use = _usage(settings, settings.get("push_to_hub") or str(run))
     return [
         f"# {escaped(run.resolve().name)}",
         "",
@@ -77,7 +76,7 @@ def _sections(run: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
         "",
         "## How to use",
         "",
-        fenced(f"{command}{quantized} --adapter {shlex.quote(here)} --tag tuned", "bash"),
+        use,
         "",
         "## Data",
         "",
@@ -98,3 +97,16 @@ def _sections(run: Path, manifest: Mapping[str, Any], metrics: Mapping[str, Any]
         *table(["", ""], flat({key: value for key, value in manifest["run"].items() if key != "command"})),
         "",
     ]
+
+
+def _usage(settings: Mapping[str, Any], here: str) -> str:
+    base = settings["model"]
+    if settings["task"] == "choose":
+        quantization = ", quantization='nf4'" if settings["method"] == "qlora" else ""
+        return fenced(
+            f"from recllm.mllm import load\n\nloaded = load({base!r}, adapter={here!r}{quantization})",
+            "python",
+        )
+    quantized = " --quantization nf4" if settings["method"] == "qlora" else ""
+    command = f"recllm build items DATASET --system {_SYSTEMS[settings['task']]} --model {base}{quantized}"
+    return fenced(f"{command} --adapter {shlex.quote(here)} --tag tuned", "bash")

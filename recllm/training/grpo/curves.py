@@ -14,7 +14,7 @@ _COLORS = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#8c510a", "#762a83", "#666666", "#b2182b"),
 )
-_FAULTS = ("empty", "truncated", "repeating", "copied")
+_FAULTS = ("empty", "truncated", "repeating", "copied", "invalid", "repeated", "wrong")
 
 
 def draw_curves(run: Path, parts: Sequence[str]) -> None:

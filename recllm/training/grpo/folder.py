@@ -29,6 +29,7 @@ from recllm.training.folder import (
     keep_weights,
 )
 from recllm.training.grpo.options import GRPOOptions
+from recllm.training.grpo.rows import open_parts
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
@@ -46,11 +47,13 @@ def open_run(options: GRPOOptions) -> RunFolder:
         DataError: The folder is there and neither --resume nor --overwrite was given, it is no run's, or its
             run had other settings, items or texts; or there is no dataset.
     """
-    if options.dataset is None:
+    if options.task == "choose" and options.instructions is None:
+        raise DataError("--instructions is missing: give a folder made by `recllm build instructions`")
+    if options.task != "choose" and options.dataset is None:
         raise DataError("--dataset is missing: give a folder made by `recllm data import` or `data toyworld`")
     check_reports(options)
     check_optimizer(options)
-    name = f"{Path(options.model).name}-{options.task}-{options.dataset.name}"
+    name = f"{Path(options.model).name}-{options.task}-{(options.dataset or options.instructions).name}"
     run = RunFolder(options.out or Path("runs") / name)
     data = _data(options)
     if begun(run.path, GRPO) and not options.overwrite:
@@ -181,7 +184,7 @@ def _resumed(options: GRPOOptions, run: RunFolder, data: dict[str, Any]) -> RunF
     then = manifest["data"]
     if changed := [name for name in data if name != "dataset" and data[name] != then.get(name)]:
         raise DataError(
-            f"{run.path} was begun with another {changed[0]} than {options.dataset} has now; put that back, "
+            f"{run.path} was begun with another {changed[0]} than {data['dataset']} has now; put that back, "
             "or train a new run in another --out"
         )
     return replace(run, checkpoint=checkpoint_to_resume(run, options.resume))
@@ -189,6 +192,10 @@ def _resumed(options: GRPOOptions, run: RunFolder, data: dict[str, Any]) -> RunF
 
 def _data(options: GRPOOptions) -> dict[str, Any]:
     """What the prompts and rewards are made from: hashes of the dataset, texts, templates and split."""
+    if options.task == "choose":
+        train, valid = open_parts(options)
+        facts = {"train": train.description["sha256"], "valid": valid.description["sha256"]}
+        return {"dataset": str(train.dataset), "instructions": facts, **train.facts()}
     dataset = Dataset.open(options.dataset)
     templates = load_templates(TEMPLATES, options.templates)
     used = {

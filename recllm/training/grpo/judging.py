@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from recllm.training.rewards import Answer, Rewards, Source
-from recllm.training.rewards.wording import distinctness, originality
+from recllm.training.rewards.wording import faults
 
 
 class Judge:
@@ -51,14 +51,11 @@ class Judge:
         return self.table
 
     def faults(self) -> dict[str, int]:
-        """Returns how many of the answers judged last are of each kind that a reward might be won by."""
-        good = [answer for answer in self.answers if answer.finished and answer.usable]
+        """Returns how many answers were judged last, as `answers`, and how many of them have each fault."""
+        found = [faults(answer) for answer in self.answers]
         return {
             "answers": len(self.answers),
-            "empty": sum(answer.finished and not answer.usable for answer in self.answers),
-            "truncated": sum(not answer.finished for answer in self.answers),
-            "repeating": sum(distinctness(answer) < 1 for answer in good),
-            "copied": sum(originality(answer) < 1 for answer in good),
+            **{name: sum(each[name] for each in found) for name in found[0]},
         }
 
 

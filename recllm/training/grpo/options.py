@@ -13,7 +13,7 @@ from recllm.config import refuse_given
 from recllm.errors import DataError
 from recllm.mllm.embedding import DEFAULT_ENCODER
 from recllm.runs.folder import setting_differences, settings_of
-from recllm.training.rewards.table import KEYWORDS_ONLY, RewardSettings
+from recllm.training.rewards.table import CHOICES_ONLY, KEYWORDS_ONLY, RewardSettings
 
 # What may differ between a run and its resumption: it changes neither a weight nor a chosen checkpoint.
 _FREE_ON_RESUME = (
@@ -56,9 +56,15 @@ class GRPOOptions:
     # -- Data ----------------------------------------------------------------------------------------------
     dataset: Annotated[Path | None, arg(metavar="DATASET")] = None
     """The dataset folder: each item is one or two prompts."""
-    task: Literal["keywords", "viu", "imsg"] = "keywords"
+    instructions: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """For choose: DATASET/instructions/NAME with rows of the task `choose` (`recllm build instructions --form
+    mmsrarec`); in place of --dataset."""
+    task: Literal["keywords", "viu", "imsg", "choose"] = "keywords"
     """keywords: MMSRARec's, of the image and of the text separately. viu, imsg: MLLM-SRec's summaries of the
-    image, and of that summary and the text together. The prompts are those of `recllm build items`."""
+    image, and of that summary and the text together. The prompts are those of `recllm build items`.
+    choose: MMSRARec's choice of the next item among candidates, paid by rank."""
+    picks: int = 1
+    """For choose: how many candidates an answer may name, best first."""
     prompts: tuple[Literal["image", "text"], ...] = ("image", "text")
     """For keywords: which of the two prompts are trained on."""
     visual: str = "viu"
@@ -66,9 +72,10 @@ class GRPOOptions:
     templates: Path | None = None
     """Folder with prompt templates of your own; `recllm prompts cp FOLDER` makes it."""
     valid_items: int = 64
-    """Items that are held out, drawn by the seed: never trained on, they choose the step that is kept."""
+    """Items that are held out, drawn by the seed: never trained on, they choose the step that is kept. For
+    choose: targets of the validation part, spread evenly over all."""
     limit: int | None = None
-    """Only the first so many items."""
+    """Only the first so many items; for choose, training rows."""
     max_prompt_tokens: int | None = None
     """Refuse prompts that are longer, images included; by default those that the model cannot take."""
 
@@ -228,7 +235,7 @@ class GRPOOptions:
                 "logging_steps",
                 "valid_items",
             ),
-            *("max_new_tokens", "iterations", "valid_every", "utility_users", "utility_history"),
+            *("picks", "max_new_tokens", "iterations", "valid_every", "utility_users", "utility_history"),
         ):
             self._at_least(name, 1)
         self._at_least("group", 2)
@@ -272,6 +279,21 @@ class GRPOOptions:
                 f"--metric {self.metric}: expected reward, or one of the parts, whose weight may be 0 "
                 f"({', '.join(settings.weights)})"
             )
+        if self.task == "choose":
+            refuse_given(
+                self,
+                ("dataset", "templates", "least", "most", "gate"),
+                "with --task choose, whose rows are in --instructions",
+            )
+            if wrong := [name for name in settings.weights if name not in CHOICES_ONLY and ":" not in name]:
+                raise DataError(
+                    f"--rewards {wrong[0]} judges texts about items; --task choose takes rank, or "
+                    "module:function"
+                )
+        else:
+            refuse_given(self, ("instructions", "picks"), "without --task choose")
+            if wrong := [name for name in CHOICES_ONLY if name in settings.weights]:
+                raise DataError(f"--rewards {wrong[0]} judges choices; it goes with --task choose alone")
         if self.task != "keywords":
             refuse_given(self, ("prompts",), f"with --task {self.task}")
             if wrong := [name for name in KEYWORDS_ONLY if name in settings.weights]:
@@ -316,6 +338,10 @@ class GRPOOptions:
     def reward_settings(self) -> RewardSettings:
         """What decides the rewards."""
         listed = self.task == "keywords"
+        if self.task == "choose":
+            return RewardSettings(
+                read_weights(self.rewards) or {"rank": 1.0}, gate=False, truncated=self.truncated
+            )
         default = {**_CONTENT, **({"form": 0.5} if listed else {}), **_GUARDS}
         least, most = (3, 6) if listed else (8, 60)
         return RewardSettings(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from recllm.builders.catalog import Catalog, ImageCheck
 from recllm.builders.items import image_requests, text_requests
 from recllm.data.dataset import Dataset
+from recllm.data.instructions import InstructionPart, check_trained_on, open_part
 from recllm.data.texts import CATALOG, ItemTexts, item_texts
 from recllm.errors import DataError
 from recllm.mllm.chat import Request, Result
 from recllm.mllm.rendering import count_tokens, expand, render
+from recllm.mllm.scoring.prompts import messages_of
 from recllm.mllm.vision.images import image_size
 from recllm.processes import rank
 from recllm.progress import Progress
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     import datasets
 
     from recllm.mllm.loading import LoadedModel
+
+_NUMBERED_LINE = re.compile(r"^(\d+)\. ", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,8 @@ def read_rows(options: GRPOOptions, loaded: LoadedModel) -> Rows:
     Raises:
         DataError: There is no such dataset or texts, no item is left to train on, or a prompt is too long.
     """
+    if options.task == "choose":
+        return _choices(options, loaded)
     assert options.dataset is not None
     dataset = Dataset.open(options.dataset)
     catalog = Catalog(dataset, loaded.special_tokens)
@@ -98,6 +106,85 @@ def read_rows(options: GRPOOptions, loaded: LoadedModel) -> Rows:
         _other_images(sources, options.seed),
     )
     return replace(rows, tokens=_check_budget(options, loaded, rows))
+
+
+def open_parts(options: GRPOOptions) -> tuple[InstructionPart, InstructionPart]:
+    """Opens the training and the validation rows of `--task choose`.
+
+    Raises:
+        DataError: They are of different splits, or the weights to start from learned from another one.
+    """
+    assert options.instructions is not None
+    train, valid = (open_part(options.instructions, part) for part in ("train", "valid"))
+    for weights in (options.model, options.adapter):
+        check_trained_on(weights, train, allow_other_split=False)
+    return train, valid
+
+
+def _choices(options: GRPOOptions, loaded: LoadedModel) -> Rows:
+    """Reads the choices among candidates: training rows, and validation rows in place of held-out items."""
+    train, valid = open_parts(options)
+    dataset = Dataset.open(train.dataset)
+    held = _choice_sources(valid, options)
+    places = np.unique(np.linspace(0, len(held) - 1, min(options.valid_items, len(held))).round().astype(int))
+    rows = Rows(
+        dataset,
+        Catalog(dataset, loaded.special_tokens),
+        _choice_sources(train, options)[: options.limit],
+        [held[place] for place in places],
+        [],
+        {},
+        (0, 0),
+        {},
+    )
+    return replace(rows, tokens=_check_budget(options, loaded, rows))
+
+
+def _choice_sources(part: InstructionPart, options: GRPOOptions) -> list[Source]:
+    table = pl.scan_parquet(part.path, glob=False)
+    if "task" in table.collect_schema().names():
+        table = table.filter(pl.col("task") == "choose")
+    else:
+        table = table.clear()
+    rows = table.select("id", "target", "prompt", "completion", "images").collect().to_dicts()
+    if not rows:
+        raise DataError(
+            f"{part.path} has no rows of the task choose; build them with `recllm build instructions --form "
+            "mmsrarec --tasks yes_no choose`"
+        )
+    return [_choice_source(row, part, options) for row in rows]
+
+
+def _choice_source(row: Mapping[str, Any], part: InstructionPart, options: GRPOOptions) -> Source:
+    messages = messages_of(row)
+    text = "\n".join(piece["text"] for piece in messages[-1]["content"] if piece["type"] == "text")
+    said = "".join(piece["text"] or "" for turn in row["completion"] for piece in turn["content"]).strip()
+    count = _candidates_in(text)
+    if not said.isdecimal() or not 1 <= int(said) <= count:
+        raise DataError(
+            f"{part.path}, row {row['id']!r}: the answer {said!r} is not the number of one of the "
+            f"{count} candidates that the prompt ends with"
+        )
+    images = tuple(row["images"])
+    return Source(
+        row["id"],
+        row["target"],
+        "image" if images else "text",
+        messages,
+        images,
+        form="choice",
+        right=int(said),
+        candidates=count,
+        picks=options.picks,
+    )
+
+
+def _candidates_in(text: str) -> int:
+    """Returns how many lines the last numbered list of a prompt has."""
+    numbers = [int(number) for number in _NUMBERED_LINE.findall(text)]
+    start = max((place for place, number in enumerate(numbers) if number == 1), default=len(numbers))
+    last = numbers[start:]
+    return len(last) if last == list(range(1, len(last) + 1)) else 0
 
 
 def as_dataset(sources: Sequence[Source], folder: Path) -> datasets.Dataset:

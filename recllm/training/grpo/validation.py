@@ -16,7 +16,7 @@ from recllm.mllm.generation.in_process import InProcessBackend
 from recllm.processes import rank, world_size
 from recllm.training.grpo.rows import Rows
 from recllm.training.rewards import Answer, Rewards, Source
-from recllm.training.rewards.wording import distinctness, originality
+from recllm.training.rewards.wording import faults
 
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
@@ -42,8 +42,8 @@ class Validation:
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """Returns means over the held-out answers: `valid_reward`, each part as `valid_<part>`, `valid_units`
-        (keywords, or words of summaries), `valid_tokens`, the shares `valid_empty`, `valid_truncated`,
-        `valid_repeating` and `valid_copied`, and `valid_seconds`.
+        (keywords, words of summaries, or candidates named), `valid_tokens`, the share of each fault as
+        `valid_<fault>`, and `valid_seconds`.
 
         An answer that was cut off has reward 0 here, whatever it has in training: it could be used by nobody.
 
@@ -58,19 +58,19 @@ class Validation:
         table = self._rewards(answers)
         total = np.where([each.finished for each in answers], self._rewards.total(table), 0.0)
         facts = [
-            [float(value) for value in (*line, reward, *_facts(answer, length))]
+            [float(value) for value in (*line, reward, answer.count, length, *faults(answer).values())]
             for line, reward, answer, length in zip(table, total, answers, tokens, strict=True)
         ]
         gathered = list(zip(own, facts, [answer.as_row() for answer in answers], strict=True))
         if world_size() > 1:
             gathered = gather_object(gathered)
         gathered.sort(key=lambda each: each[0])
-        names = (*self._rewards.names, "reward", *_FACTS)
+        judged_by = (*self._rewards.names, "reward")
+        names = (*judged_by, "units", "tokens", *faults(Answer(self._rows.valid[0], "")))
         for _, values, row in gathered:
             judged = {
                 name: None if np.isnan(value) else value
-                for name, value in zip(names, values, strict=True)
-                if name not in _FACTS
+                for name, value in zip(judged_by, values, strict=False)
             }
             self._journal.write({"step": step, **row, "rewards": judged})
         columns = np.array([values for _, values, _ in gathered])
@@ -101,18 +101,3 @@ class Validation:
             for source, result in zip(sources, results, strict=True)
         ]
         return answers, [result.completion_tokens for result in results]
-
-
-_FACTS = ("units", "tokens", "empty", "truncated", "repeating", "copied")
-
-
-def _facts(answer: Answer, tokens: int) -> tuple[float, ...]:
-    good = answer.usable and answer.finished
-    return (
-        answer.count,
-        tokens,
-        answer.finished and not answer.usable,
-        not answer.finished,
-        good and distinctness(answer) < 1,
-        good and originality(answer) < 1,
-    )

@@ -12,6 +12,8 @@ from recllm.prompts.keywords import Keywords, read_keywords
 from recllm.prompts.safe_text import safe_text
 
 LONGEST_TEXT = 2000
+_NUMBERS = re.compile(r"[\s,.>]*[0-9]{1,4}(?:[\s,.>]+[0-9]{1,4})*[\s,.>]*")
+_INTEGER = re.compile("[0-9]+")
 _WORD = re.compile(r"[^\W_]+(?:['’\-][^\W_]+)*")
 
 
@@ -27,7 +29,10 @@ class Source:
         images: Its images, relative to the dataset folder.
         shown: The text that the prompt shows; what could be copied.
         reference: The text that information and reconstruction compare with; empty where there is none.
-        form: `keywords`: a list is asked for. `summary`: prose.
+        form: `keywords`: a list is asked for. `summary`: prose. `choice`: numbers of candidates, best first.
+        right: For a choice, the number of the right candidate, from 1.
+        candidates: For a choice, how many there are.
+        picks: For a choice, how many an answer may name.
     """
 
     id: str
@@ -37,7 +42,10 @@ class Source:
     images: tuple[str, ...] = ()
     shown: str = ""
     reference: str = ""
-    form: Literal["keywords", "summary"] = "keywords"
+    form: Literal["keywords", "summary", "choice"] = "keywords"
+    right: int = 0
+    candidates: int = 0
+    picks: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +74,16 @@ class Answer:
         return safe_text(text, limit=LONGEST_TEXT)
 
     @cached_property
+    def ranking(self) -> list[int]:
+        """The numbers of a choice, best first; empty where the answer is anything but numbers.
+
+        Numbers may be separated by commas, white space, full stops or `>`; what stands before a `</think>`
+        is not read.
+        """
+        text = self.text.rpartition("</think>")[2]
+        return [int(number) for number in _INTEGER.findall(text)] if _NUMBERS.fullmatch(text) else []
+
+    @cached_property
     def distinct(self) -> int:
         """The number of distinct keywords; of a summary, its words."""
         return len(self.keywords.words) if self.source.form == "keywords" else len(words_of(self.text))
@@ -73,6 +91,8 @@ class Answer:
     @cached_property
     def count(self) -> int:
         """The number of keywords, with repeated ones and those over the limit; of a summary, its words."""
+        if self.source.form == "choice":
+            return len(self.ranking)
         if self.source.form == "summary":
             return self.distinct
         dropped = self.keywords.dropped

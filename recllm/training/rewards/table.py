@@ -15,6 +15,7 @@ from recllm.errors import DataError
 from recllm.mllm.embedding import DEFAULT_ENCODER
 from recllm.training.rewards import wording
 from recllm.training.rewards.answers import Answer
+from recllm.training.rewards.choice import rank
 
 if TYPE_CHECKING:
     from recllm.training.rewards.likelihood import FrozenModel
@@ -33,10 +34,12 @@ Name = Literal[
     "originality",
     "distinctness",
     "form",
+    "rank",
 ]
 CONTENT = ("information", "reconstruction", "paper_reconstruction", "agreement", "utility")
 """Parts that judge what is said; the band gates them."""
 KEYWORDS_ONLY = ("form", "paper_length")
+CHOICES_ONLY = ("rank",)
 _DIGITS = 4
 
 
@@ -203,6 +206,8 @@ def make_rewards(
         elif name == "utility":
             needed(utility, name)
             parts[name] = utility
+        elif name == "rank":
+            parts[name] = each(rank)
         elif name == "length":
             parts[name] = each(lambda answer: wording.length(answer, least, most))
         elif name == "paper_length":

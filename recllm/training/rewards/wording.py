@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from recllm.training.rewards.answers import Answer, words_of
+from recllm.training.rewards.choice import CHOICE_FAULTS, choice_fault
 
 FREE_RUN = 3
 """Words in a row that an answer may share with its prompt; names of products have as many. Ours."""
@@ -99,3 +100,17 @@ def longest_run(words: Sequence[str], others: Sequence[str]) -> int:
                 longest = max(longest, now[place])
         before = now
     return longest
+
+
+def faults(answer: Answer) -> dict[str, bool]:
+    """Returns of each way in which a reward might be won, or a choice fail, whether the answer has it."""
+    good = answer.usable and answer.finished
+    found = {"empty": answer.finished and not answer.usable, "truncated": not answer.finished}
+    if answer.source.form == "choice":
+        kind = choice_fault(answer) if good else None
+        return {**found, **{name: kind == name for name in CHOICE_FAULTS}}
+    return {
+        **found,
+        "repeating": good and distinctness(answer) < 1,
+        "copied": good and originality(answer) < 1,
+    }
