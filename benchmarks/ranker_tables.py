@@ -31,6 +31,7 @@ NAMES = {
     "mmsbr": "MMSBR",
     "m3srec": None,  # no figures of this model have been published
     "hm4sr": "HM4SR",
+    "profile_fusion": None,  # VLM4Rec's fusions: their figures are of another protocol
 }
 """Each ranker's name in published tables, in the order of the README's table of rankers: by family."""
 ABOUT = 0.02

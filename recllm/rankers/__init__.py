@@ -23,6 +23,7 @@ RANKERS: dict[str, tuple[str, str]] = {
     "hm4sr": ("recllm.rankers.models.hm4sr", "HM4SR"),
     "mmsr": ("recllm.rankers.models.mmsr", "MMSR"),
     "mmsbr": ("recllm.rankers.models.mmsbr", "MMSBR"),
+    "profile_fusion": ("recllm.rankers.models.profile_fusion", "ProfileFusion"),
     "bpr": ("recllm.rankers.models.bpr", "BPR"),
     "vbpr": ("recllm.rankers.models.vbpr", "VBPR"),
     "lightgcn": ("recllm.rankers.models.lightgcn", "LightGCN"),

@@ -34,7 +34,8 @@ class TrainRankerOptions(FitOptions):
     # -- What ----------------------------------------------------------------------------------------------
     ranker: str | None = None
     """The recommender: sasrec, bert4rec, gru4rec, stosa, unisrec, missrec, m3srec, stosa_m3, hm4sr, mmsr,
-    mmsbr, bpr, vbpr, lightgcn, mmgcn, lattice, freedom or smore. Its own options are flags too."""
+    mmsbr, profile_fusion, bpr, vbpr, lightgcn, mmgcn, lattice, freedom or smore. Its own options are flags,
+    too."""
 
     # -- Data ----------------------------------------------------------------------------------------------
     split: Annotated[Path | None, arg(metavar="FOLDER")] = None

@@ -25,6 +25,7 @@ VARIANTS = {
     "freedom-refined": ("freedom", REFINED),
     "missrec": ("missrec", {"interest_share": 0.3}),
     "mmsbr": ("mmsbr", {"rounds": 2}),
+    **{f"profile-{name}": ("profile_fusion", {"fusion": name}) for name in ("gating", "cross", "spectral")},
 }
 SEQUENTIAL = [name for name in VARIANTS if issubclass(ranker_class(VARIANTS[name][0]), SequenceRanker)]
 CAUSAL = [name for name in SEQUENTIAL if ranker_class(VARIANTS[name][0]).examples == "positions"]

@@ -33,7 +33,8 @@ from tests.rankers.small_rankers import (
 )
 
 
-@every
+# A profile is nearest to its own items, whatever is learned; see test_profile_fusion.py.
+@pytest.mark.parametrize("name", [name for name in VARIANTS if not name.startswith("profile")])
 def test_learns_twenty_users_by_heart(name):
     model = small(name)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
