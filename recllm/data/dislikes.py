@@ -4,7 +4,7 @@ An interaction whose rating is the threshold or more is a like; one with a lower
 are split by the method alone, as if nothing else were in the log, so that every target and every training
 positive is a like. Dislikes go to the parts by the same rule: where a split is in time, by their place among
 the user's likes (or by the two points in time); where it is random, at random by the same shares; where it
-holds users out, with their user. Interactions without a rating are in no part.
+holds users or items out, with these. Interactions without a rating are in no part.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def split_by_rating(
     both.disliked_target = disliked.copy()
     if disliked.any():
         rows = np.flatnonzero(disliked)
-        if method in ("random", "ratio-random", "given"):
+        if method in ("random", "ratio-random", "cold-items", "given"):
             both.disliked_part[rows] = assign(LogRows(dataset, rows)).part
         elif method == "temporal":
             both.disliked_part[rows] = _by_time(dataset, rows, both.facts)

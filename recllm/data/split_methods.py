@@ -155,6 +155,26 @@ def by_user(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
     return assignment
 
 
+def by_item(dataset: Dataset, ratios: np.ndarray, seed: int) -> Assignment:
+    """Splits the items: all interactions with a held-out item are targets, and training has none of them.
+
+    Validation and test have items of their own, so that settings are chosen for items that are as cold as
+    those of the test. Interactions without a time are training, or left out if their item is held out.
+    """
+    train, valid = _cut(len(dataset.items), ratios)
+    item_part = np.full(len(dataset.items), TEST, dtype=np.int8)
+    shuffled = np.random.default_rng(seed).permutation(len(dataset.items))
+    item_part[shuffled[:train]], item_part[shuffled[train : train + valid]] = TRAIN, VALID
+    part = item_part[dataset.item_codes]
+    if dataset.has_timestamps:
+        part[(dataset.timestamps == NO_TIME) & (part != TRAIN)] = UNUSED
+    assignment = Assignment(f"cold-items-{_name(ratios)}-seed{seed}", part, np.ones(len(part), dtype=bool))
+    assignment.facts |= {
+        f"{name}_items": int(np.count_nonzero(item_part == code)) for code, name in enumerate(PARTS)
+    }
+    return assignment
+
+
 def temporal(dataset: Dataset, ratios: np.ndarray) -> Assignment:
     """Splits at two points in time, the same for all users; equal times fall on the same side.
 

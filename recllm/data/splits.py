@@ -1,4 +1,4 @@
-"""Training, validation and test: five protocols, each seeded, each with its name in every file made from it.
+"""Training, validation and test: protocols, each seeded, each with its name in every file made from it.
 
 A split never copies reviews: its files hold `row`, the row number in `interactions.parquet`, and the columns
 that a person wants to see. `target` tells what is to be predicted; rows of a validation or test part that are
@@ -39,11 +39,13 @@ class SplitOptions:
 
     dataset: Positional[Annotated[Path, arg(metavar="DATASET")]]
     """The dataset folder."""
-    method: Positional[Literal["loo", "ratio", "random", "users", "temporal", "given"]]
+    method: Positional[Literal["loo", "ratio", "random", "users", "temporal", "cold-items", "given"]]
     """loo: each user's last interaction is the test, the one before it the validation target. ratio: a share
     of each user's interactions (MMRec). random: a share of all interactions (MLLM-SRec). users: a share of
     the users, last interaction as target (MMSRARec, MLLM-MSR). temporal: everything before one point in time,
     for all users.
+    cold-items: a share of the items, with all that users did with them, so that training knows none of the
+    targets.
     given: the parts that the source came with."""
     ratios: tuple[float, float, float] = (8, 1, 1)
     """Shares of training, validation and test; not used by loo and given."""
@@ -267,6 +269,10 @@ def _assign(dataset: Dataset | LogRows, options: SplitOptions) -> Assignment:
         return split_methods.random_samples(dataset, ratios, options.seed, cover=options.cover)
     if options.method == "users":
         return split_methods.by_user(dataset, ratios, options.seed)
+    if options.method == "cold-items":
+        if options.drop_cold:
+            raise DataError("--drop-cold leaves out cold targets, and those of cold-items all are")
+        return split_methods.by_item(dataset, ratios, options.seed)
     return split_methods.temporal(dataset, ratios)
 
 

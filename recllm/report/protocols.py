@@ -12,6 +12,8 @@ _SPLITS = {
     "random": "A random share of all interactions is held out, whatever their time",
     "users": "A share of the users is held out as a whole; the last interaction of each is the target",
     "temporal": "Everything after one point in time, the same for all users, is held out",
+    "cold-items": "A share of the items is held out, with all interactions with them: training knows none of "
+    "the targets",
     "given": "The parts are those that the source of the data came with",
 }
 _MASKS = {
@@ -25,6 +27,7 @@ def explain(protocol: str) -> str:
     """Returns what a protocol string means in one or two sentences, as plain text."""
     first, _, rest = protocol.removesuffix("/valid").partition("/")
     rest, covered, _ = rest.partition("/covered-")
+    rest, cold, _ = rest.partition("/cold-")
     known = sorted((name for name in _SPLITS if re.match(rf"{name}(-|$)", first)), key=len)
     if not known:
         return "The candidate file names no protocol of recllm; the lists were ranked as the file has them."
@@ -52,6 +55,11 @@ def explain(protocol: str) -> str:
         sentences.append(
             "Candidates and targets are only the items that the systems have content for, so that figures do "
             "not compare with those of all items"
+        )
+    if cold:
+        sentences.append(
+            "Candidates and targets are only items without a training interaction, so that figures do not "
+            "compare with those of all items"
         )
     if protocol.endswith("/valid"):
         sentences.append(

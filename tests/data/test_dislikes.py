@@ -16,7 +16,7 @@ from recllm.rankers import Popularity
 from recllm.report.protocols import explain
 from tests.conftest import make_dataset
 
-METHODS = ("loo", "ratio", "ratio-time", "random", "users", "temporal", "given")
+METHODS = ("loo", "ratio", "ratio-time", "random", "users", "temporal", "cold-items", "given")
 
 
 def rated_split(tmp_path, method: str, like: float = 4.0, **options):

@@ -20,7 +20,7 @@ from recllm.data.splits import PARTS, Split, SplitOptions, make_split
 from recllm.errors import DataError
 from tests.conftest import make_dataset
 
-METHODS = ("loo", "ratio", "random", "users", "temporal")
+METHODS = ("loo", "ratio", "random", "users", "temporal", "cold-items")
 
 
 def split(dataset: Dataset, method: str, **options) -> Split:
@@ -61,7 +61,7 @@ def test_parts_are_disjoint_and_lose_nothing(small_dataset, method):
         assert kept["row"].is_sorted()
 
 
-@pytest.mark.parametrize("method", ["ratio", "random", "users"])
+@pytest.mark.parametrize("method", ["ratio", "random", "users", "cold-items"])
 def test_random_splits_depend_on_the_seed_alone(small_dataset, method):
     first = split(small_dataset, method, seed=1).rows("test")
     again = split(small_dataset, method, seed=1).rows("test")
@@ -168,6 +168,25 @@ def test_by_user_holds_out_users_with_their_last_interaction_as_target(small_dat
     assert not set(made.history_rows("valid")) & (
         set(made.rows("test")) | set(made.rows("valid", targets=True))
     )
+
+
+def test_cold_items_are_in_no_training_row_and_in_one_part_alone(small_dataset):
+    made = split(small_dataset, "cold-items", ratios=(6, 2, 2))
+    items = {part: set(made.scan(part).collect()["item"]) for part in PARTS}
+    assert not items["train"] & items["valid"] and not (items["train"] | items["valid"]) & items["test"]
+    assert [made.manifest["facts"][f"{part}_items"] for part in PARTS] == [24, 8, 8]
+    assert made.protocol == "cold-items-3:1:1-seed42"
+    assert all(made.scan(part).collect()["target"].all() for part in PARTS)
+    with pytest.raises(DataError, match="those of cold-items all are"):
+        split(small_dataset, "cold-items", drop_cold=True)
+
+
+def test_a_cold_item_without_a_time_does_not_get_into_training(tmp_path):
+    log = pl.DataFrame({"user": ["u", "v"] * 20, "item": [f"i{n // 2}" for n in range(40)]})
+    log = log.with_columns(timestamp=pl.when(pl.int_range(40) % 2 == 0).then(pl.int_range(40) + 5))
+    made = split(write_log(tmp_path / "d", log), "cold-items", ratios=(2, 1, 1))
+    assert not set(made.scan("train").collect()["item"]) & set(made.scan("test").collect()["item"])
+    assert made.manifest["counts"]["unused"] > 0
 
 
 def test_temporal_split_has_one_border_for_all_users(small_dataset):

@@ -238,3 +238,28 @@ def test_a_pool_that_is_not_said_or_lacks_content_is_refused(split, tmp_path, mo
     ):
         Coverage.of(few(), split.dataset.items["item"], np.array([1]), "covered", np.arange(ITEMS) <= POPULAR)
     assert not Path("ranks").exists() and not Path("scores").exists()
+
+
+def test_the_cold_pool_holds_items_without_a_training_interaction_alone(split, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cold = make_split(split.dataset, SplitOptions(split.dataset.folder, "cold-items", overwrite=True))
+    make_candidates(cold, CandidateOptions(cold.folder, overwrite=True))
+    trained = set(cold.scan("train").collect()["item"])
+    pool = [item for item in split.dataset.items["item"] if item not in trained]
+    assert len(pool) == ITEMS // 5
+    records = RankRecords.load(score(cold, tmp_path, np.ones(ITEMS, bool), pool="cold"))
+    assert "/cold-" in records.protocol and set(records.item) <= set(pool) and records.n.max() <= len(pool)
+    assert len(records) == len(pl.read_parquet(cold.folder / "test.parquet").unique(["user", "item"]))
+    # An item of the pool without content ranks as one with content, within the pool.
+    half = np.arange(ITEMS) % 2 == 0
+    partly = RankRecords.load(score(cold, tmp_path, half, pool="cold"))
+    assert partly.protocol == records.protocol and np.array_equal(partly.n, records.n)
+    coverage = Coverage.of_made(partly.made)
+    assert (coverage.items, coverage.of_items) == (sum(half[int(item[1:])] for item in pool), len(pool))
+    path = score(cold, tmp_path, np.ones(ITEMS, bool), pool="cold", lists=True)
+    system = read_system(path, read_candidates(cold, NAME, "test"))
+    assert set(system.candidates.frame["item"]) <= set(pool)
+    with pytest.raises(DataError, match="scores all candidates alike"):
+        popularity(PopularityOptions(cold.folder, pool="cold"))  # it knows nothing of any of them
+    with pytest.raises(DataError, match="--top-k lists the best of the whole catalog"):
+        popularity(PopularityOptions(cold.folder, pool="cold", top_k=3))

@@ -260,6 +260,10 @@ def test_cleaning_bounds_and_neutralizes() -> None:
             ["share of the users", "8:1:1", "left out", "whole catalog"],
         ),
         ("ratio-time-8:1:1/full/no-mask", ["in order of time", "included"]),
+        (
+            "cold-items-8:1:1-seed42/full/mask-seen/cold-0123",
+            ["knows none of", "8:1:1", "without a training interaction"],
+        ),
         ("candidates-0123456789ab", ["names no protocol"]),
     ],
 )
