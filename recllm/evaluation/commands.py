@@ -11,11 +11,13 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from recllm.data.candidate_files import Candidates
+from recllm.data.splits import Split
 from recllm.errors import DataError
 from recllm.evaluation import tables
 from recllm.evaluation.coverage import Coverage
 from recllm.evaluation.inputs import System, check_distinct, read_systems, stem
 from recllm.evaluation.metrics import Metrics, compute_metrics, distinct_metric_names, one_positive_each
+from recllm.evaluation.popularity import popularity_table
 from recllm.evaluation.ranks import RankRecords, check_one_setting
 from recllm.evaluation.significance import (
     RESAMPLES,
@@ -49,6 +51,9 @@ class RankReportConfig:
     """Folder for metrics.json, metrics.csv and metrics.tex."""
     save_ranks: Path | None = None
     """Folder for the rank records, one file per score file."""
+    by_popularity: Annotated[Path | None, arg(metavar="SPLIT")] = None
+    """The split folder that the systems were ranked on: a second table, by how popular a target is in
+    training; with --out also by_popularity.json, .csv and .tex."""
     resamples: int = RESAMPLES
     """Bootstrap resamples and sign flips."""
     seed: int = 0
@@ -89,11 +94,24 @@ def rank_report(config: RankReportConfig) -> tables.Table:
         systems, config.ks, config.metrics or None, resamples=config.resamples, seed=config.seed
     )
     tables.show(table)
+    popular = _by_popularity(config, systems)
     if config.save_ranks:
         for system, path in zip(systems, ranks, strict=True):
             system.records.save(path)
     if config.out:
         tables.write(table, config.out, "metrics")
+        if popular:
+            tables.write(popular, config.out, "by_popularity")
+    return table
+
+
+def _by_popularity(config: RankReportConfig, systems: list[System]) -> tables.Table | None:
+    if config.by_popularity is None:
+        return None
+    names = config.metrics or tuple(f"{name}@{k}" for k in config.ks for name in ("hr", "ndcg"))
+    split, draws = Split.open(config.by_popularity), {"resamples": config.resamples, "seed": config.seed}
+    table = popularity_table(systems, split, names, **draws)
+    tables.show(table)
     return table
 
 

@@ -19,8 +19,8 @@ from recllm.evaluation import (
     rank_catalog,
     rank_full,
     rank_score_matrix,
-    top_k,
 )
+from recllm.evaluation.full_ranking import top_k
 from recllm.evaluation.inputs import Candidates, read_system
 
 
