@@ -14,6 +14,7 @@ known items has a text gets 0 for every item, a tie of all.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -37,14 +38,13 @@ class MeanProfiles:
     Args:
         split: The split.
         part: `valid` or `test`: whose targets are to be ranked.
-        vectors: One for each item code; float32, shape [items, d].
+        vectors: One for each item code; shape [items, d]; they may be memory-mapped.
         present: Which items have a text; bool, shape [items].
         history: Only the latest so many known interactions with a text count; 0 for all. A repeated
             interaction counts as often as it stands in the log.
         raw: Average the vectors as they come: (14) is left out (as the released code has it).
 
     Attributes:
-        item_vectors: Of unit length, zero for items without a text; float32, shape [items, d].
         without_profile: Which users have no item with a text before the first of their targets; bool, shape
             [users].
 
@@ -70,13 +70,13 @@ class MeanProfiles:
             raise ValueError(f"{len(vectors)} vectors, {len(present)} marks, {len(dataset.items)} items")
         if not present.any():
             raise DataError(f"{dataset.folder}: no item has a text, so there is nothing to retrieve by")
-        length = np.linalg.norm(vectors.astype(np.float64), axis=1)
+        length = np.concatenate(
+            [_lengths(vectors[at : at + _BLOCK]) for at in range(0, len(vectors), _BLOCK)]
+        )
         if not (np.isfinite(length) & (length > 0))[present].all():
             raise ValueError("the vector of an item with a text is zero or not finite")
-        unit = np.zeros(vectors.shape, dtype=np.float32)
-        unit[present] = vectors[present] / length[present, None]
-        self.item_vectors = unit
-        self._averaged = np.where(present[:, None], vectors, 0) if raw else unit
+        self._vectors, self._present, self._raw = vectors, present, raw
+        self._length = np.where(present, length, 1)
         self._item_ids, self._user_ids = dataset.items["item"], dataset.users["user"]
         self._histories, self._history = UserHistories.of(split, part), history
         # How many of the interactions up to each one are with an item that has a text.
@@ -105,8 +105,9 @@ class MeanProfiles:
         items = self._known[np.repeat(ends - counts, counts) + places]
         weights = np.repeat(1 / np.maximum(counts, 1), counts).astype(np.float32)
         offsets = np.concatenate(([0], np.cumsum(counts)))
-        mean_of = sparse.csr_array((weights, items, offsets), shape=(len(users), len(self.item_vectors)))
-        mean = mean_of @ self._averaged
+        distinct, place = np.unique(items, return_inverse=True)
+        mean_of = sparse.csr_array((weights, place, offsets), shape=(len(users), len(distinct)))
+        mean = mean_of @ (self._vectors[distinct].astype(np.float32) if self._raw else self._unit(distinct))
         length = np.linalg.norm(mean.astype(np.float64), axis=1, keepdims=True)
         has_one = (counts > 0) & (length[:, 0] > 0)
         profiles = np.zeros(mean.shape, dtype=np.float32)
@@ -149,12 +150,28 @@ class MeanProfiles:
             asked, place = np.unique(pairs, axis=1, return_inverse=True)
             # Products and sums row by row: a matrix product may round equal rows differently.
             profiles = self.of_users(*asked)[place.reshape(-1)]
-            scores[block] = (profiles * self.item_vectors[items[block]]).sum(axis=1)
+            scores[block] = (profiles * self._unit(items[block])).sum(axis=1)
         keys = [name for name in ("user", "target", "item") if name in candidates.columns]
         return candidates.select(keys).with_columns(score=pl.Series(scores))
+
+    @functools.cached_property
+    def item_vectors(self) -> np.ndarray:
+        """Of unit length, zero for items without a text; float32, shape [items, d]."""
+        return self._unit(np.arange(len(self._vectors)))
+
+    def _unit(self, items: np.ndarray) -> np.ndarray:
+        """The rows of some items at unit length; only these are read where the vectors are memory-mapped."""
+        unit = np.zeros((len(items), self._vectors.shape[1]), dtype=np.float32)
+        here = self._present[items]
+        unit[here] = self._vectors[items[here]] / self._length[items[here], None]
+        return unit
 
     def _counts(self, users: np.ndarray, known: np.ndarray) -> np.ndarray:
         """How many known interactions with a text make each user's profile; shape [n]."""
         begin = self._histories.offsets[users]
         counts = self._before[begin + known] - self._before[begin]
         return np.minimum(counts, self._history) if self._history else counts
+
+
+def _lengths(vectors: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(vectors.astype(np.float64), axis=1)
