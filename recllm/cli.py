@@ -86,6 +86,18 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "image_prompts",
         "REVEAL's initial prompts",
     ),
+    "build image-feedback": (
+        "recllm.reveal.feedback",
+        "ImageFeedbackOptions",
+        "build_feedback",
+        "what validation lists say of each item (REVEAL)",
+    ),
+    "build image-rewrites": (
+        "recllm.reveal.rewriting",
+        "ImageRewriteOptions",
+        "rewrite_prompts",
+        "image prompts that a model rewrites by feedback (REVEAL)",
+    ),
     "embed images": (
         "recllm.reveal.embed",
         "EmbedImagesOptions",
