@@ -12,6 +12,7 @@ from recllm.builders.catalog import Catalog
 from recllm.builders.histories import training_reviews
 from recllm.builders.options import ImagePromptOptions, check_least, check_plain
 from recllm.builders.texts import check_free, describe_template
+from recllm.config import refuse_given
 from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
 from recllm.data.texts import text_path
@@ -55,7 +56,7 @@ def initial_prompts(
 
 
 def write_initial_prompts(options: ImagePromptOptions) -> None:
-    """Writes DATASET/texts/reveal-prompts.parquet (`id, text, keywords`), or prints the first prompts.
+    """Writes `id, text, keywords` to DATASET/texts/reveal-prompts.parquet or `out`; or prints the first ones.
 
     Raises:
         DataError: The split is missing, or the file exists.
@@ -63,6 +64,8 @@ def write_initial_prompts(options: ImagePromptOptions) -> None:
     check_plain("--tag", options.tag)
     check_plain("--split", options.split)
     check_least(1, keywords=options.keywords)
+    if options.out is not None:
+        refuse_given(options, ("tag",), "with --out. Leave it out")
     dataset = Dataset.open(options.dataset)
     split = Split.open(dataset.folder / "splits" / options.split, dataset=dataset)
     template = load_templates(TEMPLATES, options.templates)[INITIAL.name]
@@ -71,7 +74,7 @@ def write_initial_prompts(options: ImagePromptOptions) -> None:
         for item, prompt, _ in itertools.islice(prompts, 3):
             print(f"--- {item}\n{prompt}")
         return
-    path = text_path(dataset.folder, "reveal-prompts", options.tag)
+    path = options.out or text_path(dataset.folder, "reveal-prompts", options.tag)
     check_free(path, overwrite=options.overwrite)
     schema = {"id": pl.String, "text": pl.String, "keywords": pl.List(pl.String)}
     table = pl.DataFrame(list(prompts), schema=schema, orient="row")

@@ -246,6 +246,8 @@ class ImagePromptOptions:
     """Folder with prompt templates of your own."""
     tag: str = ""
     """Added to the name of the file."""
+    out: Path | None = None
+    """Another file to write."""
     dry_run: bool = False
     """Print the first prompts; write nothing."""
     overwrite: bool = False

@@ -61,6 +61,18 @@ def text_ids(frame: pl.DataFrame, columns: Sequence[str], where: str) -> pl.Data
     return frame.with_columns(pl.col(columns).cast(pl.String))
 
 
+def read_users(path: Path) -> list[str]:
+    """Returns the distinct ids in the column `user` of a table, in its order.
+
+    Raises:
+        DataError: As `read_table`; or it has no such column, or no row.
+    """
+    frame = text_ids(read_table(path)[0], ("user",), str(path))
+    if frame.is_empty():
+        raise DataError(f"{path} names no user")
+    return frame["user"].unique(maintain_order=True).to_list()
+
+
 def describe(row: dict[str, Any]) -> str:
     """Names a row by its ids."""
     return ", ".join(f"{key} {row[key]!r}" for key in ("user", "target", "item") if key in row)

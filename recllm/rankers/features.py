@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from recllm.data.dataset import Dataset
+from recllm.data.origins import Origin, check_same_origin, read_made
+from recllm.data.splits import Split
 from recllm.errors import DataError
 from recllm.mllm.embedding import DEFAULT_ENCODER
 from recllm.rankers.feature_order import rows_of_items
@@ -122,6 +124,29 @@ def image_features(
     if not rows:
         raise DataError(f"{dataset.folder}: no item has an image that can be read")
     return _from_rows(rows, dataset, f"mean visual tokens of {source}")
+
+
+def check_learned_from(source: str | None, split: Split) -> None:
+    """Raises a `DataError` if a .safetensors file says that it was made from another split.
+
+    The prompts of REVEAL's image vectors are made of training reviews and rewritten by feedback from
+    validation lists; what one split trains and validates on, another may test on.
+
+    Args:
+        source: As `image_features` takes it; any other kind passes.
+        split: The split that a ranker is trained on.
+    """
+    if source is None or not source.endswith(".safetensors"):
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(source, framework="np") as file:
+            facts = read_made(file.metadata() or {}, source)
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{source}: not readable as safetensors ({error})") from None
+    own = Origin(source, {"split": facts.get("split_hash")})
+    check_same_origin(own, split.origin, remedy="embed the images under prompts of this split")
 
 
 def read_features(dataset: Dataset, path: Path, *, order: str | None = None) -> Features:

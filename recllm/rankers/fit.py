@@ -24,6 +24,7 @@ from torch import nn
 
 from recllm.data.candidates import FullRanking, full_ranking
 from recllm.data.splits import Split
+from recllm.data.tables import read_users
 from recllm.errors import DataError
 from recllm.evaluation import compute_metrics, rank_catalog
 from recllm.rankers.batches import Batch, Epochs
@@ -74,6 +75,9 @@ class FitOptions:
     """What is to grow: recall@10, ndcg@10, recall@20 or ndcg@20 over the whole catalog, seen items masked."""
     valid_users: int = 0
     """Validation lists, evenly over all; 0 for all."""
+    valid_only: str | None = None
+    """A table with a column `user`: only the validation lists of these users choose the epoch, so that those
+    of others can be used for something else. By default those of all."""
     patience: int = 10
     """Validations without a gain after which training stops."""
 
@@ -296,6 +300,14 @@ def _train_epoch(
 
 def _validation_lists(split: Split, options: FitOptions, rank: int, processes: int) -> FullRanking:
     ranking = full_ranking(split, "valid")
+    if options.valid_only is not None:
+        named = set(read_users(Path(options.valid_only)))
+        if unknown := named - set(ranking.user_ids):
+            raise DataError(
+                f"--valid-only {options.valid_only}: user {min(unknown)!r} has no validation target in "
+                f"{split.folder}"
+            )
+        ranking = some_lists(ranking, np.flatnonzero([user in named for user in ranking.user_ids]))
     count = len(ranking.users)
     if 0 < options.valid_users < count:
         places = np.linspace(0, count - 1, options.valid_users).round().astype(np.int64)

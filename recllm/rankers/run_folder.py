@@ -15,7 +15,7 @@ from recllm.files import MANIFEST, refuse_nested, staged_folder, write_json
 from recllm.processes import rank, sum_over_ranks
 from recllm.rankers import ranker_class
 from recllm.rankers.feature_order import needs_order
-from recllm.rankers.features import Features, image_features, text_features
+from recllm.rankers.features import Features, check_learned_from, image_features, text_features
 from recllm.rankers.fit import Fitted, seed_weights
 from recllm.rankers.launching import check_launch
 from recllm.rankers.options import TrainRankerOptions, options_class
@@ -223,6 +223,7 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
             progress=rank() == 0,
         )
     if "image" in wanted and options.image != "none":
+        check_learned_from(options.image, split)
         features["image"] = image_features(
             split.dataset, options.image, order=options.feature_order, max_pixels=options.max_pixels
         )

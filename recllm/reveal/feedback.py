@@ -40,7 +40,7 @@ from tyro.conf import Positional, arg
 from recllm.data.dataset import Dataset
 from recllm.data.origins import Origin, check_same_origin, made
 from recllm.data.splits import Split
-from recllm.data.tables import read_table, text_ids
+from recllm.data.tables import read_table, read_users
 from recllm.errors import DataError
 from recllm.evaluation.ranks import RankRecords
 from recllm.evaluation.score_files import check_absent
@@ -271,18 +271,6 @@ def divide_users(users: pl.Series, seed: int) -> tuple[pl.Series, pl.Series]:
     ordered = sorted(users.cast(pl.String), key=place)
     half = len(ordered) // 2
     return tuple(pl.Series("user", sorted(each)) for each in (ordered[:half], ordered[half:]))  # type: ignore[return-value]
-
-
-def read_users(path: Path) -> list[str]:
-    """Returns the ids in the column `user` of a table.
-
-    Raises:
-        DataError: The file is missing or has no such column, or no row.
-    """
-    frame = text_ids(read_table(path)[0], ("user",), str(path))
-    if frame.is_empty():
-        raise DataError(f"{path} names no user")
-    return frame["user"].unique(maintain_order=True).to_list()
 
 
 def _most_frequent(pairs: pl.DataFrame, of: str, what: str, name: str) -> pl.DataFrame:
