@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from tyro.conf import Positional, arg
 from recllm.errors import DataError
 from recllm.files import read_json, write_json
 from recllm.recipe_files import recipe_path
+from recllm.steps import Step, run_step
 
 CANDIDATES = "1+20-uniform-seed42"
 
@@ -35,21 +33,6 @@ class QuickstartOptions:
     """Seed of the toy world and of training."""
     max_steps: int = 220
     """Optimizer steps of fine-tuning."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One command of the chain.
-
-    Attributes:
-        about: What it does, for the log.
-        words: The command line.
-        makes: What exists in the working folder once it is done.
-    """
-
-    about: str
-    words: tuple[str, ...]
-    makes: str
 
 
 def quickstart(options: QuickstartOptions) -> Path:
@@ -97,28 +80,7 @@ def _keep_settings(options: QuickstartOptions) -> None:
 
 
 def _run(step: Step, folder: Path) -> None:
-    command = {
-        "recllm": [sys.executable, "-m", "recllm.cli"],
-        "accelerate": [sys.executable, "-m", "accelerate.commands.accelerate_cli"],
-    }[step.words[0]]
-    try:
-        subprocess.run([*command, *step.words[1:]], cwd=folder, env=_environment(), check=True)
-    except subprocess.CalledProcessError as error:
-        raise DataError(
-            f"the step {step.about!r} failed with status {error.returncode}; what it said stands above. "
-            "Once mended, the same quickstart goes on from there"
-        ) from None
-
-
-def _environment() -> dict[str, str]:
-    """The environment, with a checkout that recllm was imported from in reach of the steps.
-
-    Threads are named because `accelerate launch` warns where they are not.
-    """
-    root = str(Path(__file__).resolve().parents[1])
-    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    threads = str(len(os.sched_getaffinity(0)))
-    return {"OMP_NUM_THREADS": threads, **os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    run_step(step, folder, again="the same quickstart")
 
 
 def _steps(options: QuickstartOptions) -> Iterator[Step]:
