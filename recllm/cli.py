@@ -98,6 +98,12 @@ COMMANDS: dict[str, tuple[str, str, str, str]] = {
         "rewrite_prompts",
         "image prompts that a model rewrites by feedback (REVEAL)",
     ),
+    "reveal": (
+        "recllm.reveal.loop",
+        "RevealOptions",
+        "reveal",
+        "REVEAL on a multimodal ranker: embed, train, feedback, rewrite prompts, and again",
+    ),
     "embed images": (
         "recllm.reveal.embed",
         "EmbedImagesOptions",
