@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import re
 import runpy
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -202,6 +204,33 @@ def test_ablations(shop, tmp_path, quick):
     guided = Pretending(shop, (5, 3))
     reveal(options_of(shop, tmp_path / "guided", cycles=2), guided)
     assert "--choose feedback" in " ".join(guided.done[-4].words)
+
+
+@pytest.mark.parametrize("ranker", ["missrec", "m3srec", "stosa_m3", "hm4sr"])
+def test_the_papers_backbones_take_the_same_flags(shop, tmp_path, quick, ranker):
+    run = Pretending(shop, (5,))
+    options = RevealOptions(shop.folder, ranker, "tiny", cycles=1, out=tmp_path / "out")
+    reveal(options, run)
+    (words,) = [step.words for step in run.done if step.words[0] == "python"]
+    training = parse_config(class_of_arguments(words[2:]), list(words[2:]))
+    assert (training.ranker, training.avl) == (ranker, "gradients")
+    assert training.image == str(tmp_path / "out" / "cycle-0" / "images.safetensors")
+
+
+def test_the_commands_of_the_documentation_parse():
+    text = (Path(__file__).parents[2] / "docs" / "reveal.md").read_text(encoding="utf-8")
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)).splitlines()
+    parsed = set()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        command = next(" ".join(words[1:end]) for end in (4, 3, 2) if " ".join(words[1:end]) in COMMANDS)
+        module, options, _, _ = COMMANDS[command]
+        flags = words[1 + len(command.split()) :]
+        parse_config(getattr(importlib.import_module(module), options), flags)
+        parsed.add(command)
+    assert "reveal" in parsed and len(parsed) == len(lines) == 5
+    named = set(re.findall(r"`recllm ((?:build|embed|score|prompts)[a-z -]*[a-z])", text))
+    assert {each.split(" --")[0] for each in named} <= set(COMMANDS)
 
 
 def test_halves_and_a_step_that_writes_nothing(shop, tmp_path):
