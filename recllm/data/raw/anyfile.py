@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import polars as pl
 
-from recllm.data.raw.delimited import read_delimited
+from recllm.data.raw.delimited import AUTO, read_delimited
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.lines import (
     as_text,
@@ -45,7 +45,8 @@ def read_table(
     workspace: Path,
     *,
     separator: str | None = None,
-    quote: str | None = '"',
+    quote: str | None = AUTO,
+    escape: str | None = None,
     header: Sequence[str] | None = None,
     encoding: str = "utf-8",
 ) -> RawTable:
@@ -57,7 +58,8 @@ def read_table(
         findings: Where malformed lines are counted.
         workspace: A folder for intermediate files.
         separator: Reads the file as delimited text with this separator, whatever its suffix.
-        quote: The quote character of delimited text; None where it has none.
+        quote: The quote character of delimited text; None where it has none, "auto" to find out.
+        escape: The character that escapes quotes in delimited text; None where they are doubled.
         header: The column names of delimited text without a header line.
         encoding: The encoding of delimited text.
 
@@ -77,7 +79,14 @@ def read_table(
             f"(also .gz, .bz2, .xz, .zip), or say which separator it has"
         )
     return read_delimited(
-        path, findings, workspace, separator=separator, quote=quote, header=header, encoding=encoding
+        path,
+        findings,
+        workspace,
+        separator=separator,
+        quote=quote,
+        escape=escape,
+        header=header,
+        encoding=encoding,
     )
 
 

@@ -111,7 +111,14 @@ def require_columns(path: Path, found: Iterable[str], needed: Iterable[str]) -> 
         if len(found) == 1 and (other := next((mark for mark in ";\t|" if mark in found[0]), "")):
             hint = f"; if {other!r} stands between the fields, say --separator"
         named = ", ".join(map(repr, missing))
-        raise DataError(f"{path}: missing column {named}; found: {', '.join(found)}{hint}")
+        raise DataError(f"{path}: missing column {named}; found: {shown_names(found)}{hint}")
+
+
+def shown_names(names: Iterable[str]) -> str:
+    """Returns names for a message, which stays short where a file of another kind has names without end."""
+    names = [name if len(name) <= 60 else f"{name[:60]}..." for name in names]
+    more = f" and {len(names) - 30:,} more" if len(names) > 30 else ""
+    return ", ".join(names[:30]) + more
 
 
 def check_names(path: Path, names: Iterable[str]) -> None:

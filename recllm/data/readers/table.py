@@ -61,8 +61,11 @@ class Table(ImportOptions):
     separator: str | None = None
     r"""What stands between the fields of all text files given; by default a comma for .csv, a tab (`\t`) for
     .tsv."""
-    quote: str = '"'
-    """The quote character of the text files; empty where quotes have no meaning."""
+    quote: str = "auto"
+    """The quote character of the text files; empty where quotes have no meaning. By default double quotes,
+    except in tab-separated files whose lines make sense only without."""
+    escape: str | None = None
+    """The character that stands before a quote inside a quoted field, for example a backslash."""
     encoding: str = "utf-8"
     """The encoding of the text files, for example `latin-1`."""
     columns: tuple[str, ...] = ()
@@ -99,6 +102,7 @@ class Table(ImportOptions):
             workspace,
             separator=separator,
             quote=self.quote or None,
+            escape=self.escape,
             header=header,
             encoding=self.encoding,
         )
