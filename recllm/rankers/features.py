@@ -185,6 +185,11 @@ def read_features(dataset: Dataset, path: Path, *, order: str | None = None) -> 
     return _from_rows(rows, dataset, path.name)
 
 
+def no_features(items: int, source: str) -> Features:
+    """Returns features of width 1 that none of so many items has."""
+    return Features(np.zeros((items, 1), np.float32), np.zeros(items, bool), source)
+
+
 def _read_safetensors(path: Path, code_of: dict[str, int]) -> list[tuple[str, np.ndarray]]:
     from safetensors import SafetensorError, safe_open
 

@@ -31,7 +31,7 @@ from recllm.rankers.batches import Batch, Epochs
 from recllm.rankers.criteria import BLOCK, Criterion, Loss
 from recllm.rankers.launching import check_launch, check_precision
 from recllm.rankers.plugins import Plugin
-from recllm.rankers.ranker import Ranker
+from recllm.rankers.ranker import Ranker, freeze_absent
 from recllm.rankers.ranking import UserStates, check_users_are_served, some_lists
 from recllm.rankers.saving import RunState, load_state, save_ranker, save_state
 from recllm.rankers.training_data import TrainingData
@@ -209,6 +209,7 @@ def fit(
     if accelerator.device.type == "cpu":
         _keep_freed_memory()
     ranker.to(accelerator.device)
+    freeze_absent(ranker, data)
     optimizer = torch.optim.Adam(
         ranker.parameters(), lr=options.learning_rate, weight_decay=options.weight_decay, fused=True
     )

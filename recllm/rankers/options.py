@@ -55,6 +55,11 @@ class TrainRankerOptions(FitOptions):
     max_pixels: int | None = None
     """Larger images are reduced to this many pixels; by default the model's own setting."""
 
+    # -- Ablation ------------------------------------------------------------------------------------------
+    without: Literal["text", "image"] | None = None
+    """Trains and scores as if no item had this modality: it is zero after its projection, and no graph or
+    cluster is made of it. What --text or --image names is not read, and need not be given."""
+
     # -- AVL (REVEAL): for rankers that read texts and images ----------------------------------------------
     avl: Literal["gradients", "updates", "two-sided"] | None = None
     """Reweights what images teach. gradients: scales their gradients (the paper). updates: scales their Adam

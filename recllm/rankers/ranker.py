@@ -151,6 +151,14 @@ def check_needs(kind: type[Ranker], data: TrainingData) -> None:
         )
 
 
+def freeze_absent(ranker: Ranker, data: TrainingData) -> None:
+    """Freezes the parameters of modalities that no item has, which nothing could train."""
+    for name in ranker.modalities:
+        if not data.features[name].present.any():
+            for _, parameter in ranker.parameters_of(name):
+                parameter.requires_grad_(False)
+
+
 def at_last(states: Tensor, batch: Batch) -> Tensor:
     """Picks the state after each row's latest item: [B, T, D] to [B, D]."""
     last = (batch.lengths - 1).clamp(min=0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ from recllm.data.splits import HeldOut, Split
 from recllm.errors import DataError
 from recllm.graphs.propagation import interaction_matrix
 from recllm.rankers import RANKERS, ranker_class
-from recllm.rankers.batches import history_batch
-from recllm.rankers.ranker import PairRanker, Ranker, SequenceRanker
+from recllm.rankers.batches import Batch, history_batch
+from recllm.rankers.ranker import PairRanker, Ranker, SequenceRanker, Without
 from recllm.rankers.training_data import Histories, TrainingData
 
 ROWS = 1024  # histories that are read at a time
@@ -41,6 +42,7 @@ class UserStates:
         histories: What may be known of the users by now.
         users: Their codes; int64, shape [L].
         known: How many items of each one's history are known; shape [L]. None: all.
+        without: Modalities that are left out.
 
     Attributes:
         states: Shape [L, D].
@@ -55,28 +57,30 @@ class UserStates:
         histories: Histories,
         users: np.ndarray,
         known: np.ndarray | None = None,
+        *,
+        without: Without = (),
     ) -> None:
         self._ranker = ranker.eval()
         device = next(ranker.parameters()).device
         if isinstance(ranker, SequenceRanker):
-            self.items = ranker.item_vectors().detach()
-            blocks = (slice(at, at + ROWS) for at in range(0, len(users), ROWS))
-            parts = [
-                _states(
-                    ranker, data, histories, users[block], device, None if known is None else known[block]
-                )
-                for block in blocks
-            ]
+            self.items = ranker.item_vectors(without=without).detach()
+            parts = []
+            for at in range(0, len(users), ROWS):
+                block = slice(at, at + ROWS)
+                counts = None if known is None else known[block]
+                batch = history_batch(data, histories, users[block], ranker.config.length, device, counts)
+                parts.append(_states(ranker, batch, without))
             self.states = torch.cat(parts).detach()
         else:
-            vectors, self.items = (each.detach() for each in ranker.vectors())
+            vectors, self.items = (each.detach() for each in ranker.vectors(without=without))
             codes = torch.from_numpy(users).to(device)
             trained = np.zeros(data.n_users, dtype=bool)
             trained[data.train.users] = True
             self.states = vectors[codes] * torch.from_numpy(trained[users]).to(device)[:, None]
             if ranker.folds_in and not trained[users].all():
                 unknown = np.flatnonzero(~trained[users])
-                folded = ranker.fold_in(_interactions(histories, users[unknown], data.n_items))
+                interactions = _interactions(histories, users[unknown], data.n_items)
+                folded = ranker.fold_in(interactions, without=without)
                 self.states[torch.from_numpy(unknown).to(device)] = folded
 
     def for_ranking(self) -> Any:
@@ -125,17 +129,9 @@ class UserStates:
         return np.concatenate(parts)
 
 
-def _states(
-    ranker: SequenceRanker,
-    data: TrainingData,
-    histories: Histories,
-    users: np.ndarray,
-    device: torch.device,
-    known: np.ndarray | None,
-) -> Tensor:
-    batch = history_batch(data, histories, users, ranker.config.length, device, known)
-    states = [(rows, ranker.states(part)) for rows, part in batch.by_length()]
-    whole = torch.empty(len(batch), states[0][1].shape[1], device=device)
+def _states(ranker: SequenceRanker, batch: Batch, without: Without) -> Tensor:
+    states = [(rows, ranker.states(part, without=without)) for rows, part in batch.by_length()]
+    whole = torch.empty(len(batch), states[0][1].shape[1], device=batch.items.device)
     for rows, part in states:
         whole[rows] = part
     return whole * batch.known.any(1, keepdim=True)
@@ -175,7 +171,13 @@ def check_users_are_served(kind: type[Ranker], split: Split, part: HeldOut) -> N
 
 
 def user_states(
-    ranker: Ranker, data: TrainingData, split: Split, part: HeldOut, users: np.ndarray
+    ranker: Ranker,
+    data: TrainingData,
+    split: Split,
+    part: HeldOut,
+    users: np.ndarray,
+    *,
+    without: Without = (),
 ) -> UserStates:
     """Returns the states of users before their first targets of a part; the test file is opened for `test`
     only.
@@ -184,11 +186,18 @@ def user_states(
         DataError: As `check_users_are_served`.
     """
     check_users_are_served(type(ranker), split, part)
-    return UserStates(ranker, data, data.known_before(split, part), users.astype(np.int64))
+    known = data.known_before(split, part)
+    return UserStates(ranker, data, known, users.astype(np.int64), without=without)
 
 
 def score_candidates(
-    ranker: Ranker, data: TrainingData, split: Split, part: HeldOut, candidates: pl.DataFrame
+    ranker: Ranker,
+    data: TrainingData,
+    split: Split,
+    part: HeldOut,
+    candidates: pl.DataFrame,
+    *,
+    without: Without = (),
 ) -> pl.DataFrame:
     """Scores candidate lists, each by what is known of its user before its target.
 
@@ -198,6 +207,7 @@ def score_candidates(
         split: The split.
         part: The part of the lists' targets.
         candidates: `user, target, item, label`, as `recllm.data.candidates` writes them.
+        without: Modalities that are left out.
 
     Returns:
         `user, target, item, score` (float32), one row for each candidate.
@@ -211,23 +221,39 @@ def score_candidates(
         targets = codes_of(candidates["target"], split.dataset.items["item"], "item")
         histories, known = data.known_before_each(split, part, users, targets)
         (asked, known), place = np.unique(np.stack([users, known]), axis=1, return_inverse=True)
-        states = UserStates(ranker, data, histories, asked, known)
+        states = UserStates(ranker, data, histories, asked, known, without=without)
     else:
         asked, place = np.unique(users, return_inverse=True)
-        states = user_states(ranker, data, split, part, asked)
+        states = user_states(ranker, data, split, part, asked, without=without)
     scores = states.of_pairs(place.reshape(-1), items)
     keys = [name for name in ("user", "target", "item") if name in candidates.columns]
     return candidates.select(keys).with_columns(score=pl.Series(scores))
 
 
-def items_with_content(ranker: Ranker, data: TrainingData) -> np.ndarray | None:
+def items_with_content(ranker: Ranker, data: TrainingData, *, without: Without = ()) -> np.ndarray | None:
     """Returns the items of which a ranker that knows them by content alone has any; bool, shape [items].
 
     None for rankers with a vector for each item's number, which know every item.
     """
     if getattr(ranker.config, "transductive", True):
         return None
-    return np.any([data.features[name].present for name in ranker.modalities], axis=0)
+    return np.any([data.features[name].present for name in ranker.modalities if name not in without], axis=0)
+
+
+def check_left(ranker: Ranker, data: TrainingData, run: Path, without: Without) -> None:
+    """Checks that a trained ranker has what is to be left out, and something else to tell items by.
+
+    Raises:
+        DataError: It does not.
+    """
+    for name in without:
+        if name not in ranker.modalities:
+            raise DataError(f"--without {name}: the ranker of {run} reads no {name}; leave the option out")
+        if not data.features[name].present.any():
+            raise DataError(f"--without {name}: {run} was trained without it; leave the option out")
+    left = [name for name in ranker.modalities if name not in without and data.features[name].present.any()]
+    if without and not left and not getattr(ranker.config, "transductive", True):
+        raise DataError(f"--without {' '.join(without)}: the ranker of {run} knows items by nothing else")
 
 
 def some_lists(ranking: FullRanking, places: np.ndarray) -> FullRanking:

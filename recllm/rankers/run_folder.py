@@ -15,7 +15,13 @@ from recllm.files import MANIFEST, refuse_nested, staged_folder, write_json
 from recllm.processes import rank, sum_over_ranks
 from recllm.rankers import ranker_class
 from recllm.rankers.feature_order import needs_order
-from recllm.rankers.features import Features, check_learned_from, image_features, text_features
+from recllm.rankers.features import (
+    Features,
+    check_learned_from,
+    image_features,
+    no_features,
+    text_features,
+)
 from recllm.rankers.fit import Fitted, seed_weights
 from recllm.rankers.launching import check_launch
 from recllm.rankers.options import TrainRankerOptions, options_class
@@ -63,6 +69,7 @@ def open_run(options: TrainRankerOptions) -> RankerRun:
     split = Split.open(options.split)
     options.check(ranker_class(options.ranker), len(split.dataset.items))
     options.config()
+    _check_ablation(options)
     _check_order_is_used(options)
     check_users_are_served(ranker_class(options.ranker), split, "valid")
     check_needs(ranker_class(options.ranker), TrainingData.of(split))
@@ -209,6 +216,10 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
     """
     wanted = options.features_read()
     features = {}
+    if options.without in wanted:
+        source = f"none (--without {options.without})"
+        features[options.without] = no_features(len(split.dataset.items), source)
+        wanted = tuple(name for name in wanted if name != options.without)
     if "image" in wanted and options.image is None:
         raise DataError(
             f"{options.ranker} reads images: give --image MODEL (tiny, a folder, a hub id) or --image FILE "
@@ -230,8 +241,25 @@ def read_modalities(options: TrainRankerOptions, split: Split) -> dict[str, Feat
     return features
 
 
+def _check_ablation(options: TrainRankerOptions) -> None:
+    """Raises a `DataError` where --without takes nothing away, or leaves nothing to tell items by."""
+    without, read = options.without, options.features_read()
+    if without is None:
+        return
+    if without not in read:
+        raise DataError(f"--without {without}: {options.ranker} reads no {without}; leave the option out")
+    if getattr(options, without) == "none":
+        raise DataError(f"--without {without} --{without} none: give one of the two")
+    if read == (without,) and not getattr(options.config(), "transductive", True):
+        raise DataError(
+            f"--without {without}: without --transductive, {options.ranker} knows items by their {without} "
+            "alone"
+        )
+
+
 def _check_order_is_used(options: TrainRankerOptions) -> None:
-    sources = {name: getattr(options, name) for name in options.features_read()}
+    read = [name for name in options.features_read() if name != options.without]
+    sources = {name: getattr(options, name) for name in read}
     if options.feature_order is not None and not any(map(needs_order, sources.values())):
         read = ", ".join(f"--{name} {source}" for name, source in sources.items()) or "no features"
         raise DataError(

@@ -31,6 +31,9 @@ class ScoreRankerOptions:
     feature_order: str | None = None
     """Which item each row of a .npy file belongs to, where that differs from training (see
     recipes/train_ranker.py)."""
+    without: Literal["text", "image"] | None = None
+    """Leaves a modality out that the ranker was trained with: it is zero after its projection, in what users
+    have taken and in the candidates."""
     candidates: str = "full"
     """Name of the split's candidates (such as 1+20-uniform-seed42): writes scores. full: ranks the whole
     catalog and writes rank records."""
@@ -57,7 +60,8 @@ class ScoreRankerOptions:
     """For full ranking: also write each target's best so many items to topk/, for a second stage; 0 for
     none."""
     name: str | None = None
-    """Name of the system and its files; by default the name of the run's folder."""
+    """Name of the system and its files; by default the name of the run's folder, with `-without-text` or
+    `-without-image` where that is left out."""
     out: Path = Path()
     """Folder for scores/, ranks/ and topk/."""
     overwrite: bool = False
@@ -69,14 +73,16 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
 
     Raises:
         DataError: The run, its split or its features are missing or others than in training, a file exists,
-            or the ranker scores all candidates alike.
+            the modality to leave out is not one of the run's, or the ranker scores all candidates alike.
     """
     from recllm.rankers.pools import items_with_all
-    from recllm.rankers.ranking import items_with_content, score_candidates, user_states
+    from recllm.rankers.ranking import check_left, items_with_content, score_candidates, user_states
     from recllm.rankers.run_folder import load_run
 
     check_pool(options.pool, options.top_k)
-    files = ScoreFiles(options, options.name or options.run.resolve().name)
+    without = () if options.without is None else (options.without,)
+    own_name = "-without-".join([options.run.resolve().name, *without])
+    files = ScoreFiles(options, options.name or own_name)
     known = options.part if options.graph == "known" else None
     ranker, run, _ = load_run(
         options.run,
@@ -86,22 +92,25 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
         feature_order=options.feature_order,
         known_before=known,
     )
+    check_left(ranker, run.data, options.run, without)
     members = items_with_all(run.split.dataset, options.covered_by, options.feature_order)
     facts = {
         **{"weights": [str(options.run)], "pool": options.pool, "members": members},
-        **{"present": items_with_content(ranker, run.data)},
+        **{"without": options.without},
+        **{"present": items_with_content(ranker, run.data, without=without)},
     }
     if files.full:
         ranking = full_ranking(run.split, options.part, mask=options.mask)
 
         def score(users: np.ndarray) -> Scores:
-            return user_states(ranker, run.data, run.split, options.part, users).for_ranking()
+            states = user_states(ranker, run.data, run.split, options.part, users, without=without)
+            return states.for_ranking()
 
         return files.write_ranks(ranking, score, run.split, **facts)
     candidates = read_candidates(run.split, options.candidates, options.part)
     return files.write_scores(
         candidates,
-        lambda frame: score_candidates(ranker, run.data, run.split, options.part, frame),
+        lambda frame: score_candidates(ranker, run.data, run.split, options.part, frame, without=without),
         run.split,
         **facts,
     )

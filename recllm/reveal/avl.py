@@ -21,6 +21,9 @@ theta_v is what the ranker declares, `parameters_of("image")`. There are three f
                    K_v = exp(-alpha (exp(s_v - s_t) - exp(mean s_v - mean s_t))), in [0.2, 2]
                scales the gradients of images, and K_t, with v and t exchanged, those of texts.
 
+With `--without text` the step itself is vision-only, and L^t is what numbers alone achieve (the paper's
+"V-Only + AVL").
+
 Ours: the mean can be exponential (`ema`), as the plain one lags behind losses that fall. It starts as the
 plain mean of the first 1 / (1 - decay) steps. Both passes draw the dropout that the step draws, and leave the
 random numbers of the step as they were; with alpha 0 the weights are to the bit those of training without
@@ -250,6 +253,8 @@ def _check_modalities(options: TrainRankerOptions) -> None:
             f"{what}: {options.ranker} reads no {' and no '.join(missing)}, and AVL compares what a ranker "
             "makes of images with what it makes of texts; take one that reads both, such as hm4sr"
         )
+    if options.without == "image" or (options.without and options.avl == "two-sided"):
+        raise DataError(f"{what} --without {options.without}: AVL would have no {options.without} to scale")
     for name in ("image", "text"):
         if getattr(options, name) == "none":
             raise DataError(f"{what} --{name} none: AVL compares images with texts; give the {name}s too")

@@ -54,6 +54,8 @@ def deprived(name: str, modality: str) -> Ranker:
         for part in projections:
             for parameter in part.parameters():
                 parameter.zero_()
+        if name == "mmsr":  # its graphs have nodes of the modality
+            model.get_submodule(modality).codes.zero_()
     return model
 
 

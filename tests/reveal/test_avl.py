@@ -173,7 +173,7 @@ def test_gradients_of_images_alone_are_scaled_and_the_step_is_as_it_was(name: st
     """Parameters are those that the ranker declares. By substrings of names, as in the release, `image` would
     take what is shared and miss what is named otherwise."""
     plain, loss, random, drawn = stepped(name, Plugin())
-    avl = AVL("gradients", 5.0)
+    avl = AVL("gradients", 50.0)
     avl._means.add(1.0, 1.0, None)  # a step before, so that K is not 1
     model, again, kept, next_drawn = stepped(name, avl)
     assert torch.equal(again, loss) and torch.equal(kept, random) and torch.equal(next_drawn, drawn)

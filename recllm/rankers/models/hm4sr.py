@@ -181,6 +181,7 @@ class HM4SR(SequenceRanker):
         marks = None if data.categories is None else torch.from_numpy(data.categories)
         self.register_buffer("marks", marks, persistent=False)
         self.category = None if marks is None else nn.Linear(3 * width, marks.shape[1])
+        self._absent = [name for name in self.modalities if not data.features[name].present.any()]
         self._epoch = 0
         init_normal(self)
         nn.init.normal_(self.temporal, std=0.1)
@@ -214,7 +215,7 @@ class HM4SR(SequenceRanker):
         loss = loss + config.id_contrast * to_id
         for stream, name in enumerate(self.modalities, 1):
             term = contrast(state[:, stream], replaced[:, stream], target, config.placeholder_temperature)
-            term = term.detach() if name in without else term
+            term = term.detach() if name in (*without, *self._absent) else term
             loss = loss + config.placeholder_contrast / len(self.modalities) * term
         if self.category is not None:
             loss = loss + config.categories * self.category_loss(items, batch)

@@ -25,7 +25,8 @@ state [B, d], items' vectors [I, d]. Loss: cross-entropy.
 Repaired: in the release keys and values are overwritten by queries, and o_1 does not depend on A.
 Ours: a cluster's vector is a learned map of its center (the release reduces centers and trains them freely);
 one cluster for an item and modality; the products are divided by sqrt d; only items ask in B, as with one
-layer nothing reads what clusters would get: the paper's links of image and text clusters have no part.
+layer nothing reads what clusters would get: the paper's links of image and text clusters have no part. An
+item that lacks a modality, or is run without it, has no node of it.
 """
 
 from __future__ import annotations
@@ -153,7 +154,10 @@ class MMSR(SequenceRanker):
         return criterion(states, self.item_vectors(without=without), targets, negatives)
 
     def _states(self, batch: Batch, without: Without) -> Tensor:
-        codes = torch.stack([batch.items, self.text.codes[batch.items], self.image.codes[batch.items]], 1)
+        texts, images = (
+            getattr(self, name).codes[batch.items] * (name not in without) for name in self.modalities
+        )
+        codes = torch.stack([batch.items, texts, images], 1)
         graph = graph_of(codes)
         both = self.propagate(self._nodes(codes, graph, without), graph)
         mixed = (self.order(both).softmax(0) * both).sum(0)
