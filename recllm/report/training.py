@@ -15,8 +15,31 @@ from recllm.runs.reading import Run, finite
 
 _LOSSES = (("loss", "training"), ("eval_loss", "validation"), ("valid_loss", "validation"))
 _RANKING = (("valid_auc", "AUC"), ("valid_ndcg@10", "NDCG@10"))
+_AVL = (
+    (
+        "avl-losses",
+        "Losses of one modality",
+        (("avl_loss_image", "vision-only"), ("avl_loss_text", "text-only")),
+        "loss",
+        "AVL's two passes without gradients: without texts, and without images. Means over an epoch.",
+    ),
+    (
+        "avl-gaps",
+        "Gaps between images and texts",
+        (("avl_gap", "of a batch"), ("avl_reference", "of all steps")),
+        "gap",
+        "The exponential of vision-only minus text-only loss: mean over an epoch, and of the mean losses.",
+    ),
+    (
+        "avl-k",
+        "K of AVL",
+        (("avl_k", "mean"), ("avl_k_min", "least"), ("avl_k_max", "most"), ("avl_k_text", "texts")),
+        "K",
+        "What scales images in training: above 1 in steps whose gap is above that of all steps.",
+    ),
+)
 _TOLD = (
-    "ranker", "loss", "negatives", "text", "image",
+    "ranker", "loss", "negatives", "text", "image", "without", "avl", "avl_alpha", "avl_mean", "avl_decay",
     "model", "revision", "method", "lora_rank", "lora_alpha", "learning_rate", "schedule", "epochs",
     "max_steps", "batch_size", "accumulation", "seed", "instructions", "valid_users",
 )  # fmt: skip
@@ -53,6 +76,8 @@ def _run(run: Run, place: int, ledger: Ledger) -> str:
             "The weights of the marked step were kept; the test part was not looked at.",
         ),
     )
+    if len(run.curve("avl_k")[0]):
+        groups += _AVL
     drawings = []
     for kind, title, wanted, axis, caption in groups:
         curves = [(label, *run.curve(key)) for key, label in wanted]

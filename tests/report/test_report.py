@@ -277,6 +277,18 @@ def test_training_shows_the_chosen_step_and_what_was_trained(full: Path) -> None
     assert re.search(r"language model\s*1,000\s*100", page.text)
 
 
+def test_training_shows_avl_where_a_run_has_it(world: World, full: Path) -> None:
+    assert "vision-only" not in Page(full).text
+    numbers = {"avl_loss_image": 6.5, "avl_loss_text": 6.25, "avl_gap": 1.3, "avl_reference": 1.2}
+    numbers |= {"avl_k": 1.0125, "avl_k_min": 0.9, "avl_k_max": 1.4}
+    lines = [{"step": step, "loss": 1 / step, **numbers} for step in range(1, 4)]
+    log = "".join(json.dumps(line) + "\n" for line in lines)
+    page = Page(world.report(_good(world), world.run("avl", **{"log.jsonl": log}), out="avl"))
+    for told in ("K of AVL", "mean 1.012 to 1.012", "vision-only 6.500", "of all steps 1.200"):
+        assert told in page.source, told
+    assert "texts 1" not in page.source  # of the two-sided form alone
+
+
 def _good(world: World) -> Path:
     return world.scores("good", 3.0)
 
