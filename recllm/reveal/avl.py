@@ -25,8 +25,8 @@ With `--without text` the step itself is vision-only, and L^t is what numbers al
 "V-Only + AVL").
 
 Ours: the mean can be exponential (`ema`), as the plain one lags behind losses that fall. It starts as the
-plain mean of the first 1 / (1 - decay) steps. Both passes draw the dropout that the step draws, and leave the
-random numbers of the step as they were; with alpha 0 the weights are to the bit those of training without
+plain mean of the first 1 / (1 - decay) steps. Both passes begin with the random numbers that the step will
+draw (dropout), and leave them as they were; with alpha 0 the weights are to the bit those of training without
 AVL. Over several processes L^v and L^t are those of the whole batch.
 """
 

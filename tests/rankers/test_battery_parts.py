@@ -65,6 +65,8 @@ def test_without_a_modality_is_as_if_it_was_fed_zeros(name, modality):
     plain, without = scores(model), scores(model, without=(modality,))
     assert near(without, scores(other))
     assert (without - plain).abs().max() > 1e-3
+    if name == "hm4sr":  # whose contrast of placeholders is left out with the modality
+        other._absent = [modality]
     changes = []
     for number in range(3):  # of one batch, the losses may happen to be equal
         batch = next(training_batches(model, number=number))

@@ -193,7 +193,7 @@ def test_gradients_of_images_alone_are_scaled_and_the_step_is_as_it_was(name: st
 
 
 @pytest.mark.parametrize("name", MULTIMODAL)
-def test_losses_are_those_without_a_modality_and_draw_what_the_step_draws(name: str):
+def test_losses_are_those_without_a_modality_by_the_random_numbers_of_the_step(name: str):
     avl = AVL("two-sided", 0.0)
     model, *_ = stepped(name, avl)
     batch, criterion = next(training_batches(model)), Criterion(model.losses[0])

@@ -24,8 +24,8 @@ The logit of another row with the same target is 0, whatever their cosine, as in
 
 Ours: cross-entropy at all positions, where the paper trains on all prefixes (with causal encoders, the same
 within a window, up to weights); IDCL and PCL take one prefix of each row, drawn anew each epoch. Draws come
-from a hash of epoch and row, so that no other row moves them. Without a modality, the contrast of its stream
-is a constant.
+from a hash of epoch and row, so that no other row moves them. Without a modality its stream is not read: it
+meets only zeros in r, and PCL leaves it out.
 Repaired: in the release the temporal experts are no parameters, so that they are neither trained nor saved;
 intervals at padding are logarithms of negative numbers; CP reads single numbers of the wrong rows and
 columns; absolute time is the cosine of seconds since 1970, which is noise: here t is 0 at the first and 1 at
@@ -194,7 +194,7 @@ class HM4SR(SequenceRanker):
     def forward(self, batch: Batch, *, without: Without = ()) -> Tensor:
         """Returns the state after each item; shape [B, T, 3 d]."""
         tokens, _ = self.tokens(batch, without)
-        return self._read(tokens).flatten(2)
+        return self._read(tokens, without).flatten(2)
 
     def item_vectors(self, *, without: Without = ()) -> Tensor:
         """Returns [E; x_text; x_image] of each item; shape [I, 3 d]."""
@@ -214,9 +214,9 @@ class HM4SR(SequenceRanker):
         to_id = contrast(state[:, 0], items[target, :width], target, config.id_temperature)
         loss = loss + config.id_contrast * to_id
         for stream, name in enumerate(self.modalities, 1):
-            term = contrast(state[:, stream], replaced[:, stream], target, config.placeholder_temperature)
-            term = term.detach() if name in (*without, *self._absent) else term
-            loss = loss + config.placeholder_contrast / len(self.modalities) * term
+            if name not in self._unread(without):
+                term = contrast(state[:, stream], replaced[:, stream], target, config.placeholder_temperature)
+                loss = loss + config.placeholder_contrast / len(self.modalities) * term
         if self.category is not None:
             loss = loss + config.categories * self.category_loss(items, batch)
         return loss
@@ -242,8 +242,18 @@ class HM4SR(SequenceRanker):
         mixed = self.route(time).softmax(-1) @ self.temporal
         return x * mixed.view_as(x), time
 
-    def _read(self, tokens: Tensor) -> Tensor:
-        return torch.stack([stream(tokens[:, :, m]) for m, stream in enumerate(self._streams())], 2)
+    def _read(self, tokens: Tensor, without: Without) -> Tensor:
+        """Returns h of each stream; shape [B, T, 3, d]."""
+        read = [self.id(tokens[:, :, 0])]
+        for stream, name in enumerate(self.modalities, 1):
+            own = tokens[:, :, stream]
+            unread = name in self._unread(without)
+            read.append(torch.zeros_like(own) if unread else getattr(self, name)(own))
+        return torch.stack(read, 2)
+
+    def _unread(self, without: Without) -> set[str]:
+        """Modalities whose streams are not read: those left out, and those that no item has."""
+        return {*without, *self._absent}
 
     def _streams(self) -> tuple[Stream, Stream, Stream]:
         return self.id, self.text, self.image
@@ -256,13 +266,16 @@ class HM4SR(SequenceRanker):
             states without and with placeholders in text and image, both [b, 3, d], and its target [b].
         """
         tokens, time = self.tokens(batch, without)
-        states = self._read(tokens)
+        states = self._read(tokens, without)
         place, hidden = self.drawn(batch)
         row = torch.arange(len(batch), device=place.device)
         state = states[row, place]
         replaced = [state[:, 0]]
         for stream, name in enumerate(self.modalities, 1):
             own = getattr(self, name)
+            if name in self._unread(without):
+                replaced.append(state[:, stream])
+                continue
             some_hidden = torch.where(hidden[..., None], own.placeholder(time), tokens[:, :, stream])
             replaced.append(own(some_hidden)[row, place])
         compared = batch.at_targets(states.flatten(2))

@@ -118,10 +118,10 @@ class Fusion(nn.Module):
         self.hidden, self.weight = nn.Linear(width, width), nn.Linear(width, 1, bias=False)
 
     def forward(self, parts: Tensor, there: Tensor) -> Tensor:
-        """Maps [..., 3, width] to [..., width]; `there` [..., 3]: which modalities count."""
+        """Maps [..., M, width] to [..., width]; `there` [..., M]: which of the M modalities count."""
         logits = self.weight(torch.tanh(self.hidden(parts)))[..., 0]
-        nothing = ~there.any(-1, keepdim=True)  # padding: finite, and used nowhere
-        shares = logits.masked_fill(~(there | nothing), -torch.inf).softmax(-1)
+        nothing = ~there.any(-1, keepdim=True)  # padding: zero, and used nowhere
+        shares = logits.masked_fill(~(there | nothing), -torch.inf).softmax(-1).masked_fill(nothing, 0.0)
         return torch.einsum("...m,...md->...d", shares, parts)
 
 
@@ -184,12 +184,15 @@ class M3SRec(SequenceRanker):
         return criterion(states, self.item_vectors(without=without), targets, negatives)
 
     def _embed(self, numbers: Tensor | None, without: Without) -> dict[str, Tensor]:
-        """z of each modality [..., d], of item numbers or of the whole catalog by code."""
-        return {
-            "id": self.items.weight[1:] if numbers is None else self.items(numbers),
-            "text": self.text(numbers, zeroed="text" in without),
-            "image": self.image(numbers, zeroed="image" in without),
-        }
+        """z of each modality that is not left out [..., d], of item numbers or of the whole catalog by code.
+
+        Tokens of a modality that is projected to zero are lacking, so that none are made.
+        """
+        embedded = {"id": self.items.weight[1:] if numbers is None else self.items(numbers)}
+        for name in self.modalities:
+            if name not in without:
+                embedded[name] = self.get_submodule(name)(numbers)
+        return embedded
 
 
 def attended(places: Tensor, there: Tensor) -> Tensor:

@@ -69,13 +69,16 @@ class ModalityExperts(nn.Module):
         )
         self.weights = nn.Linear(every + width, len(names) + 1)
 
-    def forward(self, embedded: dict[str, Tensor]) -> Tensor:
-        """Maps the modalities' embeddings, each [..., width], to [..., width]."""
+    def forward(self, embedded: dict[str, Tensor], without: Without = ()) -> Tensor:
+        """Maps the modalities' embeddings, each [..., width], to [..., width]; those left out are zero."""
         common = self.shared(torch.cat(list(embedded.values()), -1))
         outputs, there = [common], [torch.ones_like(common[..., 0], dtype=torch.bool)]
         for name, part in embedded.items():
             there.append(part.any(-1))
-            outputs.append(self.own[name](part + common, routed=part) * there[-1][..., None])
+            if name in without:
+                outputs.append(torch.zeros_like(common))
+            else:
+                outputs.append(self.own[name](part + common, routed=part) * there[-1][..., None])
         logits = self.weights(torch.cat(outputs, -1))
         shares = logits.masked_fill(~torch.stack(there, -1), -torch.inf).softmax(-1)
         return torch.einsum("...m,...md->...d", shares, torch.stack(outputs, -2))
@@ -126,7 +129,7 @@ class STOSAM3(STOSA):
             (self.mean_experts, self.covariance_experts), number, text, image, strict=True
         ):
             embedded = dict(zip(("id", *self.modalities), parts, strict=True))
-            found.append(sum(embedded.values(), experts(embedded)))
+            found.append(sum(embedded.values(), experts(embedded, without)))
         return found[0], found[1]
 
 
