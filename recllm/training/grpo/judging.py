@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,10 @@ class Judge:
     def kinds(self) -> list[str]:
         """The kind of each prompt."""
         return [source.kind for source in self._sources]
+
+    def images(self, rows: Sequence[int], folder: Path) -> list[list[str]]:
+        """Returns the image files of some prompts."""
+        return [[str(folder / image) for image in self._sources[row].images] for row in rows]
 
     def functions(self) -> list[Callable[..., list[float | None]]]:
         """Returns a reward function of TRL's form for each part."""

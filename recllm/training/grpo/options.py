@@ -185,6 +185,13 @@ class GRPOOptions:
     """An optimizer of transformers: `adamw_torch`, `adamw_torch_fused`, `adamw_8bit`, ..."""
     seed: int = 0
     """Seed of new LoRA weights, the held-out items, the order of prompts and sampling."""
+    share_prefixes: bool = True
+    """In training, compute prompt and picture once for all answers to a prompt in a batch, in attention of
+    our own: the same gradients for less work. Models that it has not been tried with, and
+    --attn-implementation, do without."""
+    visual_store: str | None = None
+    """With shared prefixes: read the images' tokens from this visual store; `auto`: from DATASET/visual/...,
+    to which the images are added where that pays. Sampling runs the tower all the same."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: slower, far less memory."""
     bf16: Literal["auto", "yes", "no"] = "auto"
@@ -325,6 +332,8 @@ class GRPOOptions:
             refuse_given(self, ("vllm_memory",), "without --vllm colocate")
         if self.vllm != "server":
             refuse_given(self, ("vllm_url",), "without --vllm server")
+        if not self.share_prefixes:
+            refuse_given(self, ("visual_store",), "with --no-share-prefixes")
         if self.adapter is not None:
             refuse_given(
                 self, ("lora_rank", "lora_alpha", "rslora", "dora"), "with --adapter, which has its own"

@@ -24,6 +24,7 @@ from recllm.training.sft import load_model as load_for_sft
 if TYPE_CHECKING:
     from recllm.mllm.loading import LoadedModel
     from recllm.training.folder import RunFolder
+    from recllm.training.grpo.packed import PackedAnswers
     from recllm.training.grpo.trainer import RecGRPOTrainer
     from recllm.training.rewards.likelihood import FrozenModel
     from recllm.training.rewards.utility import Utility
@@ -116,14 +117,35 @@ def make_trainer(
         ),
         journal=Journal(run.path / "log.jsonl", run.step),
         samples=Journal(run.path / "completions.jsonl", run.step),
+        folder=rows.dataset.folder,
         beta=options.beta,
         min_spread=options.min_spread,
         keep=options.keep,
         save_every=options.save_every,
+        packed=_packed(options, model, rows),
     )
     trainer.remove_callback(PrinterCallback)
     Parts(trainer.model).check(options.trained_parts, adapter=True)
     return trainer
+
+
+def _packed(options: GRPOOptions, model: TrainableModel, rows: Rows) -> PackedAnswers | None:
+    from recllm.mllm.scoring.scorer import can_share_prefix
+    from recllm.mllm.vision.of_dataset import open_visual_store
+    from recllm.training.grpo.packed import PackedAnswers
+
+    loaded = model.loaded
+    shares = options.share_prefixes and not options.attn_implementation
+    if not (shares and can_share_prefix(loaded.base_model)):
+        return None
+    store = None
+    if options.visual_store is not None:
+        import polars as pl
+
+        used = pl.Series([image for source in rows.train for image in source.images], dtype=pl.String)
+        passes = max(1.0, options.epochs) * 2
+        store = open_visual_store(options.visual_store, loaded, rows.dataset.folder, used, passes=passes)
+    return PackedAnswers(loaded, store)
 
 
 def _judge(options: GRPOOptions, loaded: LoadedModel, folder: Path) -> FrozenModel:

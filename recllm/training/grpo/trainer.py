@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from trl import GRPOTrainer
+from trl.trainer.utils import split_tensor_dict
 
 from recllm.progress import Progress
 from recllm.training.checkpoints import drop_old, mark_complete
@@ -23,7 +25,14 @@ if TYPE_CHECKING:
     from recllm.runs.log import Journal
     from recllm.training.grpo.encoding import PathEncoder
     from recllm.training.grpo.judging import Judge
+    from recllm.training.grpo.packed import PackedAnswers
     from recllm.training.grpo.validation import Validation
+
+
+_OF_IMAGES = {
+    *("pixel_values", "image_grid_thw", "pixel_attention_mask", "spatial_shapes", "image_sizes"),
+    *("token_type_ids", "mm_token_type_ids", "image_position_ids", "num_images", "num_tiles"),
+}
 
 
 class RecGRPOTrainer(GRPOTrainer):
@@ -35,11 +44,13 @@ class RecGRPOTrainer(GRPOTrainer):
         validation: Answers the held-out prompts; its metrics choose the step that is kept.
         journal: Where metrics are written.
         samples: Where every sampled answer is written, with its rewards and its advantage.
+        folder: The dataset folder, which the prompts' images are relative to.
         beta: Weight of the divergence from the model without its adapter. Not given to TRL's own arguments,
             with which a model that has an adapter is compared with a copy of that adapter.
         min_spread: See `recllm.training.grpo.judging.settle`.
         keep: Latest checkpoints that stay, besides the best.
         save_every: Save after each so many steps as well, besides after validations.
+        packed: Computes what answers to one prompt share once; None for TRL's own way.
         arguments: As for TRL's trainer.
     """
 
@@ -51,10 +62,12 @@ class RecGRPOTrainer(GRPOTrainer):
         validation: Validation,
         journal: Journal,
         samples: Journal,
+        folder: Path,
         beta: float,
         min_spread: float,
         keep: int,
         save_every: int | None,
+        packed: PackedAnswers | None = None,
         **named: Any,
     ):
         weights = {
@@ -75,6 +88,8 @@ class RecGRPOTrainer(GRPOTrainer):
         self._encoder, self._judge, self._validation = encoder, judge, validation
         self._journal, self._samples = journal, samples
         self._min_spread, self._keep = min_spread, keep
+        self._packed, self._folder, self._rows = packed, folder, []
+        self._backward = ExitStack()
         self._sampler: GroupSampler | None = None
         self._progress: Progress | None = None
         self.add_callback(_Steps(self, save_every))
@@ -124,6 +139,57 @@ class RecGRPOTrainer(GRPOTrainer):
             fields[name] = _unpadded(tensor, attended) if of_tokens else tensor
         return _unpadded(ids, attended), images if any(images) else None, fields
 
+    def training_step(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        """Takes a step; where activations are not kept, its backward pass goes forward again, packed too."""
+        with ExitStack() as self._backward:
+            return super().training_step(*arguments, **named)
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        """Returns the answers of a step, as TRL does; where they are packed, those to one prompt together.
+
+        TRL shuffles the answers over the batches of a step, which sum up to the same gradient in any order
+        (all of them are within one step of the optimizer).
+        """
+        if self._packed is None or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        batches = self.args.steps_per_generation
+        if self._step % (batches * self.num_iterations) == 0 or self._buffered_inputs is None:
+            output = self._generate_and_score_completions(generation_batch)
+            self._buffered_inputs = split_tensor_dict(output, batches)
+        return self._buffered_inputs[self._step % batches]
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        if self._packed is not None:
+            self._rows = inputs["row"].tolist()
+            self._backward.enter_context(self._packed.sharing())
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **named: Any,
+    ) -> Any:
+        """Returns log-probabilities and entropies as TRL does, packed where that is asked for."""
+        if self._packed is None:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **named
+            )
+        images = self._judge.images(self._rows, self._folder)
+        size = batch_size or len(input_ids)
+        found = []
+        with self._packed.sharing(), self.accelerator.autocast():
+            for start in range(0, len(input_ids), size):
+                part = slice(start, start + size)
+                rows = input_ids[part], attention_mask[part]
+                found.append(self._packed(model, *rows, logits_to_keep, images[part], compute_entropy))
+        logps = torch.cat([each for each, _ in found])
+        return logps, torch.cat([each for _, each in found]) if compute_entropy else None, None
+
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> Any:
@@ -141,7 +207,11 @@ class RecGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
+        self._rows = [each["row"] for each in inputs]
         output = super()._generate_and_score_completions(inputs)
+        if self._packed is not None:  # rows name the images; pixels are not passed on
+            output = {name: output[name] for name in output if name not in _OF_IMAGES}
+            output["row"] = torch.tensor(self._rows, device=output["prompt_ids"].device)
         rows = []
         table = self._judge.table.tolist()
         for answer, parts, advantage in zip(
