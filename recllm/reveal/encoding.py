@@ -110,8 +110,9 @@ class PromptedEncoder:
             Places in `pairs` and their vectors, of length 1; float32 on the CPU, shape [batch, width].
 
         Raises:
-            DataError: A prompt is empty or longer than the model's context, the visual store lacks an image,
-                a vector is not finite, or the memory is too small for a single prompt.
+            DataError: A prompt is empty or longer than the model's context, the chat template moves the
+                image, the visual store lacks an image, a vector is not finite, or the memory is too small for
+                a single prompt.
         """
         groups = [Group((self._prompt(row, pair),), 0) for row, pair in enumerate(pairs)]
         waiting = plan_padded(groups, self._batch_tokens)[::-1]
@@ -143,7 +144,9 @@ class PromptedEncoder:
         if pair.image not in self._sizes:
             self._sizes[pair.image] = image_size(pair.image)
         size = self._sizes[pair.image]
-        tokens = self._slots.tokens(*render_tokens(loaded, request), [size])
+        text, tokens = render_tokens(loaded, request)
+        self._check_order(text, words)
+        tokens = self._slots.tokens(text, tokens, [size])
         if len(tokens) > loaded.max_positions:
             raise DataError(
                 f"item {pair.name!r}: prompt and image have {len(tokens):,} tokens, but the model takes "
@@ -151,6 +154,17 @@ class PromptedEncoder:
             )
         contents, ends = contents_of(tokens, loaded.image_token_id, [0], [self._slots.features(size)])
         return Prompt(row, pair.name, tokens, contents, (key,), ends)
+
+    def _check_order(self, text: str, words: str) -> None:
+        """Raises a `DataError` if the chat template moved the image to another place (LLaVA's does)."""
+        prompt, image = text.find(words), text.find(self._loaded.processor.image_token)
+        found = "prompt-first" if 0 <= prompt < image else "image-first"
+        if found != self._order:
+            remedy = "give --order image-first --pooling last (or after), or take another model"
+            raise DataError(
+                f"{self.identity['model']}: its chat template writes {found} whatever the order of parts, "
+                f"so --order {self._order} cannot be had; {remedy}"
+            )
 
     @torch.inference_mode()
     def _run(self, batch: list[Group]) -> torch.Tensor:

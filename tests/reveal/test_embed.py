@@ -28,11 +28,13 @@ from recllm.mllm.loading import load
 from recllm.mllm.rendering import apply_template, encode_texts, to_model
 from recllm.mllm.vision.images import load_image
 from recllm.mllm.vision.of_dataset import open_visual_store
+from recllm.mllm.vision.store import build_visual_store
 from recllm.prompts.safe_text import IMAGE_MARK
 from recllm.rankers.features import read_features
 from recllm.reveal.embed import EmbedImagesOptions, embed_images
 from recllm.reveal.encoding import Conditioned, PromptedEncoder, pool
 from recllm.reveal.vectors import VectorStore, read_metadata, write_vectors
+from tests.mllm.small_models import save_small
 from tests.training.ports import free_port
 
 COLOR, SHAPE = "Look at the color of it.", "Describe the shape and the outline of this item, please."
@@ -127,6 +129,29 @@ def test_vectors_have_length_one_and_depend_neither_on_order_nor_on_batches(worl
     pairs = [Conditioned(str(n), world.prompts[n], world.files[n]) for n in reversed(range(10))]
     for rows, batch in encoder.encode(pairs):
         assert torch.allclose(batch, forward[[9 - row for row in rows]], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "internvl"])
+def test_other_families_see_the_prompt_too(world, tmp_path, family):
+    loaded = load(save_small(family, tmp_path / "model"))
+    paths = world.files[:2]
+    store = build_visual_store(loaded.model, loaded.processor, paths, tmp_path / "store", dtype="float32")
+    small = SimpleNamespace(loaded=loaded, store=store, files=[paths[0]] * 2)
+    color, shape = vectors_of(small, [COLOR, SHAPE])
+    assert (color - shape).abs().max() > 1e-3
+    color, shape = vectors_of(small, [COLOR, SHAPE], order="image-first")
+    assert (color - shape).abs().max() < 1e-5
+
+
+def test_a_chat_template_that_puts_images_first_is_refused(world, tmp_path):
+    loaded = load(save_small("llava", tmp_path / "model"))
+    paths = world.files[:1]
+    store = build_visual_store(loaded.model, loaded.processor, paths, tmp_path / "store", dtype="float32")
+    small = SimpleNamespace(loaded=loaded, store=store, files=paths * 2)
+    with pytest.raises(DataError, match="its chat template writes image-first whatever the order"):
+        vectors_of(small, [COLOR])
+    color, shape = vectors_of(small, [COLOR, SHAPE], order="image-first", pooling="last")
+    assert (color - shape).abs().max() > 1e-3
 
 
 def test_pooling_counts_the_right_positions():
