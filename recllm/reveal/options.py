@@ -134,8 +134,9 @@ def check_options(options: RevealOptions) -> TrainRankerOptions:
     given = parse_config(options_class(options.ranker), training_flags(options))
     if "image" not in given.features_read():
         raise DataError(f"--ranker {options.ranker}: it reads no images, so REVEAL has nothing to improve")
+    if given.without == "image":
+        raise DataError("--training without=image: without images REVEAL has nothing to improve; leave it out")
     AVL.of(given)
-    given.config()
     return given
 
 

@@ -201,6 +201,9 @@ def test_ablations(shop, tmp_path, quick):
     reveal(options_of(shop, tmp_path / "static", fve=False, avl="none"), static)
     assert len(static.done) == 4 and "--avl" not in " ".join(static.done[2].words)
     assert manifest_of(tmp_path / "static")["ended"] == "prompts stay as they are (--no-fve)"
+    seeing = Pretending(shop, (5,))
+    reveal(options_of(shop, tmp_path / "seeing", cycles=1, training=("without=text",)), seeing)
+    assert "--without text" in " ".join(seeing.done[2].words)
     guided = Pretending(shop, (5, 3))
     reveal(options_of(shop, tmp_path / "guided", cycles=2), guided)
     assert "--choose feedback" in " ".join(guided.done[-4].words)
@@ -256,6 +259,7 @@ def test_what_cannot_be_done_is_refused(shop, tmp_path):
     refused("expected name=value", training=("epochs",))
     refused("hm4sr has no option epoch; the nearest is epochs", training=("epoch=3",))
     refused("the loop sets seed itself", training=("seed=3",))
+    refused("without images REVEAL has nothing", avl="none", training=("without=image",))
     refused("--recipe .*: no such file", recipe=tmp_path / "none.yaml")
     with pytest.raises(DataError, match="it reads no images"):
         reveal(RevealOptions(shop.folder, "sasrec", "tiny", out=tmp_path / "no", avl="none"))
