@@ -142,9 +142,9 @@ def test_literals_are_never_run(tmp_path: Path) -> None:
     dataset, findings = import_dataset(Amazon(source, tmp_path / "out"))
     assert not marker.exists()
     assert len(dataset.items) == 2
-    assert findings.left_out == {"malformed lines in meta_X.json.gz": 4}
+    assert findings.left_out == {"malformed lines in meta_X.json.gz": 3}
     assert [example.split(":")[0] for example in findings.examples["malformed lines in meta_X.json.gz"]] == [
-        f"meta_X.json.gz, line {line}" for line in (4, 5, 6, 7)
+        f"meta_X.json.gz, line {line}" for line in (4, 6, 7)
     ]
 
 
@@ -271,8 +271,10 @@ def test_lines_that_lack_a_field_or_have_another_type_are_counted(tmp_path: Path
     ]
     source = write_lines(tmp_path / "X_5.json.gz", lines)
     dataset, findings = import_dataset(Amazon(source, tmp_path / "out"))
-    assert len(dataset.interactions) == 1
-    assert findings.left_out == {"malformed lines in X_5.json.gz": 8}
+    assert len(dataset.interactions) == 3
+    assert findings.left_out["malformed lines in X_5.json.gz"] == 5
+    assert findings.kept["fields of X_5.json.gz that cannot be read"] == 2
+    assert "X_5.json.gz, line 3: overall 'five'" in str(findings.examples)
     shown = findings.examples["malformed lines in X_5.json.gz"]
     assert len(shown) == 5 and shown[0].startswith("X_5.json.gz, line 2: no field 'reviewerID'")
     with pytest.raises(DataError, match="line 2: no field 'reviewerID'"):

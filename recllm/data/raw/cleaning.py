@@ -13,6 +13,7 @@ import polars as pl
 from recllm.data import schema
 from recllm.data.raw.findings import SHOWN, Findings
 from recllm.data.raw.tables import FILE, LINE, RawTable
+from recllm.data.raw.values import MISSING, UNDECODED, WHOLE, number_column
 from recllm.errors import DataError
 
 TimestampUnit = Literal["auto", "s", "ms", "us", "ns"]
@@ -22,7 +23,6 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 # Seconds stay below 1e11 until the year 5138, milliseconds since 1973 lie above it, and so on by 1,000.
 _UNIT_BOUNDS = {"s": (0, 10**11), "ms": (10**11, 10**14), "us": (10**14, 10**17), "ns": (10**17, 2**63)}
 _SAMPLE = 1000
-_WHOLE = r"^[0-9]+\.0$"
 _YEAR_1990 = 631_152_000
 _DATE_FORMATS = (
     "%Y-%m-%d %H:%M:%S%.f%#z",
@@ -37,8 +37,8 @@ _DATE_FORMATS = (
 def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings: Findings) -> pl.Series:
     """Streams a source's interactions to `path` in the schema's types.
 
-    A row without a readable user, item or rating is bad. One whose time cannot be read is kept without a
-    time: the interaction took place. Such rows come first in a user's history and are never a validation or
+    A row without a readable user or item is bad. One whose rating or time cannot be read is kept without it:
+    the interaction took place. Such rows come first in a user's history and are never a validation or
     test target.
 
     Args:
@@ -53,17 +53,18 @@ def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings:
     Raises:
         DataError: Timestamps are in several units, most cannot be read, or every row is bad.
     """
-    timed = "timestamp" in raw.frame.collect_schema()
+    schema_found = raw.frame.collect_schema()
+    timed, rated = "timestamp" in schema_found, "rating" in schema_found
     try:
-        good, untimed = _write_typed(raw.frame, path, unit, findings, raw.path)
-        clean = bool(good.all()) and not (timed and untimed)
+        good, untimed, unrated = _write_typed(raw.frame, path, unit, findings, raw.path)
+        clean = bool(good.all()) and not (timed and untimed) and not (rated and unrated)
     except pl.exceptions.PolarsError:
         if raw.with_lines is None:
             raise
         clean = False
     if not clean and raw.with_lines is not None:
         raw.frame, raw.with_lines = raw.with_lines(), None
-        good, untimed = _write_typed(raw.frame, path, unit, findings, raw.path)
+        good, untimed, _ = _write_typed(raw.frame, path, unit, findings, raw.path)
     if len(good) == 0:
         malformed = [line.strip() for line in findings.lines() if not line.startswith("note")]
         raise DataError(": ".join([f"{raw.path} has no rows that could be read", *malformed[:3]]))
@@ -109,7 +110,7 @@ def read_side_table(raw: RawTable, key: str, findings: Findings) -> pl.DataFrame
 
 def _write_typed(
     frame: pl.LazyFrame, path: Path, unit: str, findings: Findings, source: Path
-) -> tuple[pl.Series, int]:
+) -> tuple[pl.Series, int, int]:
     typed = _typed(frame, unit, findings, source)
     typed = typed.with_columns(pl.when(pl.col(PROBLEM).is_null()).then(pl.col("user", "item")).name.keep())
     schema.complete(typed.drop(PROBLEM, LINE, FILE, strict=False), "interactions").sink_parquet(
@@ -117,7 +118,8 @@ def _write_typed(
     )
     written = pl.scan_parquet(path, glob=False)
     good = written.select(pl.col("user").is_not_null()).collect(engine="streaming")["user"]
-    return good, written.select(pl.col("timestamp").null_count()).collect(engine="streaming").item()
+    nulls = written.select(pl.col("timestamp", "rating").null_count()).collect(engine="streaming").row(0)
+    return good, *nulls
 
 
 def _report(raw: RawTable, unit: str, findings: Findings, path: Path) -> None:
@@ -130,6 +132,8 @@ def _report(raw: RawTable, unit: str, findings: Findings, path: Path) -> None:
     bad = bad.collect(engine="streaming")
     examples = (f"{name}, {what} {row}: {problem}" for name, row, problem in bad.iter_rows())
     findings.drop(f"malformed lines in {raw.path.name}", len(bad), examples)
+    if "rating" in raw.frame.collect_schema():
+        _report_ratings(raw, frame, file, number, findings)
     if "timestamp" not in raw.frame.collect_schema():
         return
     untimed = pl.read_parquet(path, columns=["user", "timestamp"], glob=False).with_row_index(
@@ -144,6 +148,19 @@ def _report(raw: RawTable, unit: str, findings: Findings, path: Path) -> None:
     findings.spoil("interactions without a readable time", len(untimed), examples)
 
 
+def _report_ratings(
+    raw: RawTable, typed: pl.LazyFrame, file: pl.Expr, number: str, findings: Findings
+) -> None:
+    read = typed.select("__row", PROBLEM, read=pl.col("rating"))
+    both = raw.frame.with_row_index("__row", offset=1).join(read, on="__row", how="left")
+    text = pl.col("rating").cast(pl.String).str.strip_chars()
+    unread = both.filter(pl.col("read").is_null() & ~text.is_in(MISSING) & pl.col(PROBLEM).is_null())
+    rows = unread.select(file, number, text).collect(engine="streaming")
+    what = number.strip("_")
+    examples = (f"{name}, {what} {row}: rating {text[:40]!r}" for name, row, text in rows.iter_rows())
+    findings.spoil("interactions without a readable rating", len(rows), examples)
+
+
 def _typed(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> pl.LazyFrame:
     """Adds the schema's types, and `PROBLEM`: what is wrong with a row, null for a good one."""
     types = frame.collect_schema()
@@ -152,16 +169,11 @@ def _typed(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> 
     undecoded = user.str.contains("\ufffd", literal=True) | item.str.contains("\ufffd", literal=True)
     problem = pl.when(user.is_null()).then(pl.lit("no user id"))
     problem = problem.when(item.is_null()).then(pl.lit("no item id"))
-    problem = problem.when(undecoded).then(pl.lit("an id with bytes that are not in the file's encoding"))
+    problem = problem.when(undecoded).then(pl.lit(UNDECODED))
     if "timestamp" in types:
         columns.append(_seconds(frame, unit, findings, source))
     if "rating" in types:
-        text = pl.col("rating").cast(pl.String).str.strip_chars()
-        numeric = types["rating"].is_numeric()
-        rating = (pl.col("rating") if numeric else text).cast(pl.Float32, strict=False).alias("rating")
-        wrong = (text != "") & ~rating.is_finite().fill_null(False)
-        problem = problem.when(wrong).then(pl.format("rating '{}' is no number", text.str.slice(0, 40)))
-        columns.append(rating)
+        columns.append(_rating(frame, findings, source).alias("rating"))
     if "review" in types:
         text = pl.col("review").cast(pl.String)
         columns.append(pl.when(text != "").then(text).alias("review"))
@@ -169,24 +181,46 @@ def _typed(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> 
 
 
 def clean_id(frame: pl.LazyFrame, name: str, findings: Findings) -> pl.Expr:
-    """Returns an id as text without spaces around it; whole floats lose the `.0` that nulls gave them."""
+    """Returns an id as `recllm.data.raw.values.as_id` reads it: text without spaces around it.
+
+    Markers of a missing value become null, and whole numbers lose the `.0` that nulls gave them.
+    """
     dtype = frame.collect_schema()[name]
     column = pl.col(name)
     if dtype.is_float():
         whole = column.cast(pl.Int64, strict=False)
-        return pl.when(whole.cast(dtype) == column).then(whole.cast(pl.String)).alias(name)
+        broken = pl.when(column.is_finite()).then(column.cast(pl.String))
+        return pl.when(whole.cast(dtype) == column).then(whole.cast(pl.String)).otherwise(broken).alias(name)
     if dtype != pl.String:
         return column.cast(pl.String).alias(name)
     text = column.str.strip_chars()
-    sample = frame.select(text.alias("id")).filter(pl.col("id") != "").head(_SAMPLE).collect()["id"]
-    if len(sample) and sample.str.contains(_WHOLE).all():
-        ids = frame.select(text.alias("id")).filter(pl.col("id") != "")
-        if ids.select(pl.col("id").str.contains(_WHOLE).all()).collect(engine="streaming").item():
-            findings.note(
-                f"{name} ids such as {sample[0]!r} are whole numbers written with '.0', which was removed"
-            )
-            text = text.str.strip_suffix(".0")
-    return pl.when(text != "").then(text).alias(name)
+    pointed = frame.filter(column.str.contains(".0", literal=True) & text.str.contains(WHOLE))
+    sample = pointed.select(text).head(1).collect(engine="streaming")[name]
+    if len(sample):
+        findings.note(
+            f"{name} ids such as {sample[0]!r} are whole numbers written with '.0', which was removed"
+        )
+        text = text.str.replace(r"^(-?[0-9]+)\.0+$", "$1")
+    return pl.when(~text.is_in(MISSING)).then(text).alias(name)
+
+
+def _rating(frame: pl.LazyFrame, findings: Findings, source: Path) -> pl.Expr:
+    """A rating as a finite number (float32); null where it is none. True and false are 1 and 0."""
+    dtype = frame.collect_schema()["rating"]
+    column = pl.col("rating")
+    if dtype.is_numeric():
+        number = column.cast(pl.Float32)
+        return pl.when(number.is_finite()).then(number)
+    text = column.cast(pl.String).str.strip_chars()
+    words = text.str.to_lowercase()
+    sample = frame.select(words).filter(pl.col("rating") != "").head(_SAMPLE).collect()["rating"]
+    if len(sample) and sample.is_in(["true", "false"]).all():
+        findings.note(f"ratings in {source.name} are true and false; they are 1 and 0 here")
+        return words.replace_strict({"true": 1.0, "false": 0.0}, default=None, return_dtype=pl.Float32)
+    number = text.cast(pl.Float32, strict=False)
+    if frame.select((number.is_null() & ~text.is_in(MISSING)).any()).collect(engine="streaming").item():
+        number = number_column(text).cast(pl.Float32)
+    return pl.when(number.is_finite()).then(number)
 
 
 def _seconds(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> pl.Expr:

@@ -17,7 +17,7 @@ from pathlib import Path
 import polars as pl
 
 from recllm.data.raw.findings import Findings
-from recllm.data.raw.lines import new_file, unpack
+from recllm.data.raw.lines import is_utf8, new_file, unpack
 from recllm.data.raw.quotes import look_at_quotes
 from recllm.data.raw.tables import LINE, RawTable, check_names, existing_file, shown_names
 from recllm.errors import DataError
@@ -116,11 +116,6 @@ def read_delimited(
     if short or headers:
         return RawTable(path, exactly())
     return RawTable(path, frame, exactly)
-
-
-def is_utf8(encoding: str) -> bool:
-    """Tells whether an encoding's name means UTF-8."""
-    return encoding.lower().replace("-", "").replace("_", "") in ("utf8", "utf8sig")
 
 
 class _LineReader:

@@ -65,10 +65,14 @@ def mapped(table: RawTable, columns: Mapping[str, str], kind: str) -> RawTable:
 def column_of(table: RawTable, given: str | None, default: str) -> str | None:
     """Returns the column that the user named, else `default` where the table has it, else None.
 
+    "" for `given` switches the column off.
+
     Raises:
         DataError: The table lacks the column that the user named.
     """
     names = table.frame.collect_schema().names()
+    if given == "":
+        return None
     if given is not None:
         require_columns(table.path, [name for name in names if name not in (LINE, FILE)], [given])
         return given
@@ -148,25 +152,6 @@ def text_column(frame: pl.LazyFrame, name: str, path: Path) -> pl.Expr:
     if dtype.is_nested():
         raise DataError(f"{path}: column {name!r} is of type {dtype}; expected text")
     return column.cast(pl.String).alias(name)
-
-
-def list_column(frame: pl.LazyFrame, name: str, path: Path, separator: str) -> pl.Expr:
-    """Returns a column as lists of text: text is split at `separator`; spaces around entries and empty ones
-    go.
-
-    Raises:
-        DataError: The column nests deeper than a list.
-    """
-    dtype = frame.collect_schema()[name]
-    column = pl.col(name)
-    if isinstance(dtype, pl.List) and not dtype.inner.is_nested():
-        column = column.cast(pl.List(pl.String))
-    elif dtype.is_nested():
-        raise DataError(f"{path}: column {name!r} is of type {dtype}; expected text or a list of text")
-    else:
-        column = column.cast(pl.String).str.split(separator) if separator else pl.concat_list(column)
-    entry = pl.element().str.strip_chars()
-    return column.list.eval(entry.filter(entry != "")).alias(name)
 
 
 def _check_flat(table: RawTable) -> RawTable:

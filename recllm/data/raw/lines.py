@@ -1,33 +1,38 @@
-"""Files line by line, compressed or not: malformed lines are counted and named, a cut archive is an error."""
+"""Files as bytes, compressed or not: what a file is says its content, and a cut archive is an error."""
 
 from __future__ import annotations
 
-import ast
 import bz2
 import gzip
 import io
 import lzma
-import math
 import shutil
-import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-import orjson
 import polars as pl
 
-from recllm.data.raw.findings import Findings
-from recllm.data.raw.tables import LINE
 from recllm.errors import DataError
 from recllm.progress import Progress
 
-BATCH = 200_000
-LITERAL_LIMIT = 1_000_000
 _OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_STARTS = {".gz": b"\x1f\x8b", ".bz2": b"BZh", ".xz": b"\xfd7zXZ\x00", ".zip": b"PK\x03\x04"}
+_STRANGERS = {
+    b"version https://git-lfs": "a pointer of git-lfs, not the file itself: fetch it with `git lfs pull`",
+    b"<!doctype html": "a web page, perhaps of a failed download: fetch the file again",
+    b"<html": "a web page, perhaps of a failed download: fetch the file again",
+    b"\x28\xb5\x2f\xfd": "packed with zstandard: unpack it first",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it first",
+    b"rar!": "a rar archive: unpack it first",
+    b"sqlite format 3": "a SQLite database: export its tables as CSV",
+    b"\x93numpy": "a NumPy array: write it as a table",
+    b"\x89hdf": "an HDF5 file: write its tables as parquet",
+    b"%pdf": "a PDF document",
+}
 _CUT = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zipfile.BadZipFile)
 
 
@@ -48,13 +53,15 @@ class _Metered(io.FileIO):
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Opens a plain, .gz, .bz2, .xz or .zip file (with one data file in it) for reading bytes.
 
-    On a terminal, a progress bar tells how much of the file has been read.
+    Its first bytes say how it is packed, whatever its name. On a terminal, a progress bar tells how much of
+    the file has been read.
 
     Raises:
-        DataError: The file is missing, is cut short or damaged, or a zip holds more than one data file.
+        DataError: The file is missing, is cut short or damaged, is of a kind that holds no table, or a zip
+            holds more than one data file.
     """
-    suffix = path.suffix.lower()
     try:
+        suffix = packing(path)
         with (
             Progress(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar,
             io.BufferedReader(_Metered(path, bar), 1 << 18) as packed,
@@ -73,6 +80,8 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
         raise DataError(
             f"{path} is cut short or damaged ({error}); nothing was imported: fetch the file again"
         ) from None
+    except (NotImplementedError, RuntimeError) as error:  # a zip that is encrypted, or packed in another way
+        raise DataError(f"{path} cannot be unpacked ({error}); unpack it and give the file in it") from None
     except OSError as error:
         if suffix == ".bz2" and error.errno is None:
             raise DataError(
@@ -83,14 +92,58 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
 def _only_member(path: Path, archive: zipfile.ZipFile) -> str:
     members = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
+    members = [name for name in members if not name.rpartition("/")[2].startswith(".")]
+    if "xl/workbook.xml" in members:
+        raise DataError(f"{path} is an Excel workbook; save the sheet as CSV")
     if len(members) != 1:
         raise DataError(f"{path} holds {len(members)} files; unpack it and give the one to read")
     return members[0]
 
 
+def packing(path: Path) -> str:
+    """Returns how a file is packed (`.gz`, `.bz2`, `.xz`, `.zip`) by its first bytes; "" for a plain one.
+
+    Raises:
+        DataError: The file is named as packed and is not (damaged), or is of a kind that holds no table.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    for suffix, mark in _STARTS.items():
+        if start.startswith(mark):
+            return suffix
+    lowered = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for mark, what in _STRANGERS.items():
+        if lowered.startswith(mark.lower()):
+            raise DataError(f"{path} is {what}")
+    named = path.suffix.lower()
+    if named not in _STARTS:
+        return ""
+    if start and all(byte >= 0x20 or byte in b"\t\r\n" for byte in start):
+        return ""  # unpacked by a download tool that kept the name
+    raise DataError(f"{path} is damaged (no {named} file by its first bytes): fetch the file again")
+
+
+def inner_name(path: Path) -> str:
+    """Returns a file's name without the suffix of its packing; for a zip, that of the file in it."""
+    packed = packing(path)
+    if packed == ".zip":
+        try:
+            with zipfile.ZipFile(path) as archive:
+                held = Path(_only_member(path, archive)).name
+        except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{path} is cut short or damaged ({error}); fetch the file again") from None
+        return held if Path(held).suffix else Path(path.name).stem
+    return path.stem if path.suffix.lower() in _STARTS else path.name
+
+
 def is_compressed(path: Path) -> bool:
     """Tells whether `open_bytes` would unpack this file."""
-    return path.suffix.lower() in (*_OPENERS, ".zip")
+    return packing(path) != ""
 
 
 def unpack(path: Path, workspace: Path) -> Path:
@@ -103,82 +156,15 @@ def unpack(path: Path, workspace: Path) -> Path:
     return target
 
 
+def is_utf8(encoding: str) -> bool:
+    """Tells whether an encoding's name means UTF-8."""
+    return encoding.lower().replace("-", "").replace("_", "") in ("utf8", "utf8sig")
+
+
 def new_file(workspace: Path, name: str) -> Path:
     """Returns a path in `workspace` that does not exist yet."""
     workspace.mkdir(parents=True, exist_ok=True)
     return workspace / f"{sum(1 for _ in workspace.iterdir())}-{name[-80:]}"
-
-
-def parse_json(line: bytes) -> Any:
-    """Parses one line of JSON."""
-    return orjson.loads(line)
-
-
-def parse_json_or_literal(line: bytes) -> Any:
-    """Parses one line of JSON, or of a Python literal as the Amazon 2014 metadata has it (never code)."""
-    try:
-        return orjson.loads(line)
-    except orjson.JSONDecodeError:
-        if len(line) > LITERAL_LIMIT:
-            raise ValueError(f"longer than {LITERAL_LIMIT:,} bytes") from None
-    with warnings.catch_warnings():
-        # An unknown escape such as \\d in a description is no concern of the user's.
-        warnings.simplefilter("ignore")
-        value = ast.literal_eval(line.decode("utf-8").strip())
-    if b"\\u" in line or b"\\U" in line:
-        orjson.dumps(value)  # half a surrogate pair is no text: TypeError
-    return value
-
-
-def scan_json_lines(
-    path: Path,
-    row: Callable[[dict[str, Any]], dict[str, Any] | None],
-    types: dict[str, pl.DataType],
-    findings: Findings,
-    workspace: Path,
-    *,
-    parse: Callable[[bytes], Any] = parse_json,
-) -> pl.LazyFrame:
-    """Reads a file with one object a line into columns, in bounded memory.
-
-    Args:
-        path: The file, compressed or not.
-        row: Turns an object into the values of `types`, or None to skip it. It raises `KeyError`,
-            `ValueError` or `TypeError` for an object without what is needed.
-        types: The columns.
-        findings: Where malformed lines are counted: no JSON, no object, a field missing.
-        workspace: A folder for what was read so far.
-        parse: How a line is parsed.
-
-    Returns:
-        A lazy frame of `types` and `LINE` (from 1), in input order.
-    """
-    writer = _PartWriter(path, row, types, findings, workspace)
-    with open_bytes(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                writer.add(number, lambda line=line: parse(line), line)
-    return writer.scan()
-
-
-def scan_parquet_objects(
-    path: Path,
-    row: Callable[[dict[str, Any]], dict[str, Any] | None],
-    types: dict[str, pl.DataType],
-    findings: Findings,
-    workspace: Path,
-) -> pl.LazyFrame:
-    """Reads a parquet file whose rows nest as `scan_json_lines` reads objects, in bounded memory.
-
-    `LINE` is the row's number, from 1. Arguments and result are those of `scan_json_lines`.
-    """
-    writer = _PartWriter(path, row, types, findings, workspace)
-    frame = scan_parquet_file(path)
-    for start in range(0, frame.select(pl.len()).collect().item(), BATCH):
-        batch = frame.slice(start, BATCH).collect()
-        for number, values in enumerate(batch.iter_rows(named=True), start=start + 1):
-            writer.add(number, lambda values=values: values)
-    return writer.scan()
 
 
 def scan_parquet_file(path: Path) -> pl.LazyFrame:
@@ -198,100 +184,3 @@ def scan_parquet_file(path: Path) -> pl.LazyFrame:
             "fetch it again"
         ) from None
     return frame
-
-
-class _PartWriter:
-    """Collects rows, and writes them to parquet files part by part."""
-
-    def __init__(
-        self,
-        path: Path,
-        row: Callable[[dict[str, Any]], dict[str, Any] | None],
-        types: dict[str, pl.DataType],
-        findings: Findings,
-        workspace: Path,
-    ) -> None:
-        self.path, self.row, self.findings, self.workspace = path, row, findings, workspace
-        self.types = {**types, LINE: pl.Int64()}
-        self.parts: list[Path] = []
-        self.rows: list[dict[str, Any]] = []
-
-    def add(self, number: int, parse: Callable[[], Any], line: bytes = b"") -> None:
-        """Adds one object, or counts its line as malformed."""
-        try:
-            content = parse()
-            if not isinstance(content, dict):
-                raise TypeError(f"expected an object, found {type(content).__name__}")
-            values = self.row(content)
-        except KeyError as error:
-            self.findings.malformed(self.path, number, f"no field {error}", _shown(line))
-            return
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
-            if isinstance(error, DataError):
-                raise
-            problem = f"{type(error).__name__}: {str(error)[:120]}"
-            self.findings.malformed(self.path, number, problem, _shown(line))
-            return
-        if values is not None:
-            values[LINE] = number
-            self.rows.append(values)
-        if len(self.rows) == BATCH:
-            self._flush()
-
-    def scan(self) -> pl.LazyFrame:
-        """Returns all that was added."""
-        if self.rows or not self.parts:
-            self._flush()
-        return pl.scan_parquet(self.parts, glob=False)
-
-    def _flush(self) -> None:
-        self.parts.append(new_file(self.workspace, f"{self.path.name}.parquet"))
-        frame = pl.DataFrame(self.rows, schema=self.types, orient="row", strict=False)
-        frame.write_parquet(self.parts[-1], compression="lz4")
-        self.rows.clear()
-
-
-def as_text(value: Any) -> str | None:
-    """Returns a scalar as text: whole floats without their `.0`; None and "" as None."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"expected text or a number, found {type(value).__name__}")
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    return str(value)
-
-
-def as_number(value: Any) -> float | None:
-    """Returns a number, also one written as text (`"1,234"`); None and "" as None."""
-    if value is None or value == "":
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError(f"expected a number, found {type(value).__name__}")
-    return float(value.replace(",", "")) if isinstance(value, str) else float(value)
-
-
-def as_whole(value: Any) -> int | None:
-    """Returns a whole number, rounded down; None, "" and what does not fit into 64 bits as None."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value if -(2**63) <= value < 2**63 else None
-    number = as_number(value)
-    if number is None or not -(2.0**63) <= number < 2.0**63:
-        return None
-    return math.floor(number)
-
-
-def as_texts(value: Any) -> list[str]:
-    """Returns a list of scalars, nested lists included, as a flat list of non-empty texts."""
-    if value is None:
-        return []
-    if isinstance(value, (list, tuple)):
-        return [text for entry in value for text in as_texts(entry)]
-    text = as_text(value)
-    return [text] if text is not None else []
-
-
-def _shown(line: bytes) -> str:
-    return line[:200].decode("utf-8", errors="replace").strip()

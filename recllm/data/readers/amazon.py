@@ -10,23 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import orjson
 import polars as pl
 
 from recllm.data.raw.anyfile import JSON, read_table, suffix_of
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.joining import find_images, items_of, mapped
-from recllm.data.raw.lines import (
+from recllm.data.raw.json_lines import scan_json_lines, scan_parquet_objects
+from recllm.data.raw.lines import unpack
+from recllm.data.raw.tables import LINE, RawDataset, RawTable, existing_file
+from recllm.data.raw.values import (
+    Record,
+    as_flag,
+    as_id,
+    as_json,
     as_number,
     as_text,
     as_texts,
     as_whole,
-    parse_json_or_literal,
-    scan_json_lines,
-    scan_parquet_objects,
-    unpack,
 )
-from recllm.data.raw.tables import LINE, RawDataset, RawTable, existing_file
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
 
@@ -104,7 +105,7 @@ class Amazon(ImportOptions):
             return self._read_csv(findings, workspace)
         seen: set[str] = set()
 
-        def row(content: dict[str, Any]) -> dict[str, Any]:
+        def row(content: Record) -> dict[str, Any]:
             if "parent_asin" in content or "user_id" in content:
                 seen.add("2023")
                 return _review_2023(content, self.variants)
@@ -199,14 +200,14 @@ def _stem(path: Path) -> str:
 
 def _scan(
     path: Path,
-    row: Callable[[dict[str, Any]], dict[str, Any]],
+    row: Callable[[Record], dict[str, Any]],
     types: dict[str, pl.DataType],
     findings: Findings,
     workspace: Path,
 ) -> pl.LazyFrame:
     if suffix_of(path) == ".parquet":
         return scan_parquet_objects(unpack(path, workspace), row, types, findings, workspace)
-    return scan_json_lines(path, row, types, findings, workspace, parse=parse_json_or_literal)
+    return scan_json_lines(path, row, types, findings, workspace)
 
 
 def _without_empty(frame: pl.LazyFrame, types: dict[str, pl.DataType]) -> pl.LazyFrame:
@@ -217,62 +218,62 @@ def _without_empty(frame: pl.LazyFrame, types: dict[str, pl.DataType]) -> pl.Laz
     return frame.drop(name for name, count in counts.items() if count == 0 and name not in ("user", "item"))
 
 
-def _review_2014(content: dict[str, Any]) -> dict[str, Any]:
+def _review_2014(content: Record) -> dict[str, Any]:
     """A review of 2014 or 2018."""
-    helpful, helpful_votes = content.get("helpful"), content.get("vote")
-    if isinstance(helpful, list) and helpful:
-        helpful_votes = helpful[0]  # 2014: [helpful votes, votes]
-    timestamp = as_whole(content.get("unixReviewTime"))
+    timestamp = content.take(as_whole, "unixReviewTime")
     return {
-        "user": as_text(content["reviewerID"]),
-        "item": as_text(content["asin"]),
+        "user": as_id(content["reviewerID"]),
+        "item": as_id(content["asin"]),
         "timestamp": _day(content.get("reviewTime")) if timestamp is None else timestamp,
-        "rating": as_number(content.get("overall")),
-        "review": as_text(content.get("reviewText")),
-        "summary": as_text(content.get("summary")),
-        "verified": content.get("verified"),
-        "helpful": as_whole(helpful_votes),
-        "style": _json(content.get("style")),
-        "image_urls": as_texts(content.get("image")) or None,
+        "rating": content.take(as_number, "overall"),
+        "review": content.take(as_text, "reviewText"),
+        "summary": content.take(as_text, "summary"),
+        "verified": content.take(as_flag, "verified"),
+        "helpful": content.take(_votes, "helpful", "vote"),
+        "style": content.take(as_json, "style"),
+        "image_urls": content.take(as_texts, "image", empty=[]) or None,
     }
 
 
-def _review_2023(content: dict[str, Any], variants: bool) -> dict[str, Any]:
-    parent = as_text(content["parent_asin"])
+def _review_2023(content: Record, variants: bool) -> dict[str, Any]:
+    parent = as_id(content["parent_asin"])
     return {
-        "user": as_text(content["user_id"]),
-        "item": as_text(content["asin"]) if variants else parent,
-        "timestamp": as_whole(content.get("timestamp", content.get("sort_timestamp"))),
-        "rating": as_number(content.get("rating")),
-        "review": as_text(content.get("text")),
-        "summary": as_text(content.get("title")),
-        "verified": content.get("verified_purchase"),
-        "helpful": as_whole(content.get("helpful_vote")),
-        "asin": None if variants else as_text(content.get("asin")),
+        "user": as_id(content["user_id"]),
+        "item": as_id(content["asin"]) if variants else parent,
+        "timestamp": content.take(as_whole, "timestamp", "sort_timestamp"),
+        "rating": content.take(as_number, "rating"),
+        "review": content.take(as_text, "text"),
+        "summary": content.take(as_text, "title"),
+        "verified": content.take(as_flag, "verified_purchase"),
+        "helpful": content.take(as_whole, "helpful_vote"),
+        "asin": None if variants else content.take(as_text, "asin"),
         "parent_asin": parent if variants else None,
-        "image_urls": _addresses(content.get("images")) or None,
+        "image_urls": content.take(_addresses, "images", empty=[]) or None,
     }
 
 
-def _item(content: dict[str, Any]) -> dict[str, Any]:
+def _item(content: Record) -> dict[str, Any]:
     """A metadata line of any generation."""
-    parts = as_texts(content.get("description")) + as_texts(content.get("features", content.get("feature")))
-    urls = as_texts(content.get("imageURLHighRes")) or as_texts(content.get("imageURL", content.get("imUrl")))
-    categories = as_texts(content.get("categories", content.get("category")))
-    author = content.get("author")
+    parts = content.take(as_texts, "description", empty=[]) + content.take(
+        as_texts, "features", "feature", empty=[]
+    )
+    urls = content.take(as_texts, "imageURLHighRes", empty=[]) or content.take(
+        as_texts, "imageURL", "imUrl", empty=[]
+    )
+    categories = content.take(as_texts, "categories", "category", empty=[])
     return {
-        "item": as_text(content["parent_asin"] if "parent_asin" in content else content["asin"]),
-        "title": as_text(content.get("title")),
+        "item": as_id(content["parent_asin"] if "parent_asin" in content else content["asin"]),
+        "title": content.take(as_text, "title"),
         "text": "\n".join(dict.fromkeys(part for part in parts if part.strip())),
         "categories": list(dict.fromkeys(categories)),
-        "brand": as_text(content.get("brand")),
-        "store": as_text(content.get("store")),
-        "author": as_text(author.get("name")) if isinstance(author, dict) else _json(author),
-        "subtitle": as_text(content.get("subtitle")),
-        "price": as_text(content.get("price")),
-        "main_category": as_text(content.get("main_category", content.get("main_cat"))),
-        "details": _json(content.get("details")),
-        "image_urls": urls or _addresses(content.get("images")) or None,
+        "brand": content.take(as_text, "brand"),
+        "store": content.take(as_text, "store"),
+        "author": content.take(_author, "author"),
+        "subtitle": content.take(as_text, "subtitle"),
+        "price": content.take(as_text, "price"),
+        "main_category": content.take(as_text, "main_category", "main_cat"),
+        "details": content.take(as_json, "details"),
+        "image_urls": urls or content.take(_addresses, "images", empty=[]) or None,
     }
 
 
@@ -298,11 +299,13 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _json(value: Any) -> str | None:
-    """Returns an object as JSON text; text stays as it is; what is empty becomes None."""
-    if not value:
-        return None
-    return value if isinstance(value, str) else orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+def _votes(value: Any) -> int | None:
+    """Helpful votes; 2014: `[helpful votes, votes]`."""
+    return as_whole(value[0] if isinstance(value, list) and value else value)
+
+
+def _author(value: Any) -> str | None:
+    return as_text(value.get("name")) if isinstance(value, dict) else as_json(value)
 
 
 def _day(text: Any) -> int | None:

@@ -19,13 +19,14 @@ from recllm.data.raw.joining import (
     with_source_rows,
 )
 from recllm.data.raw.lines import is_compressed
+from recllm.data.raw.lists import list_column
 from recllm.data.raw.tables import LINE, RawDataset, RawTable, existing_file, find_file
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
 
 TYPES = ("token", "token_seq", "float", "float_seq")
-TITLES = ("title", "movie_title", "name")
-CATEGORIES = ("categories", "category", "class", "genre", "genres")
+TITLES = ("title", "movie_title", "movie_name", "book_title", "app_name", "product_name", "name")
+CATEGORIES = ("categories", "category", "class", "genre", "genres", "type", "tags")
 TEXTS = ("text", "description")
 
 
@@ -48,11 +49,11 @@ class RecBole(ImportOptions):
     review: str | None = None
     """Field with the review text; by default `review` where there is one."""
     title: str | None = None
-    """Field of the items with the title; by default the first of `title`, `movie_title`, `name`."""
+    """Field of the items with the title; by default `title`, `name` or RecBole's own name for it."""
     text: str | None = None
     """Field of the items with a description; by default the first of `text`, `description`."""
     categories: str | None = None
-    """Field of the items with categories; by default categor(y, ies), class or genre(s)."""
+    """Field of the items with categories; by default categor(y, ies), class, genre(s), type or tags."""
     sequence_separator: str = " "
     """What stands between the entries of `token_seq` and `float_seq` fields."""
     images: Path | None = None
@@ -152,7 +153,9 @@ class RecBole(ImportOptions):
             if column is not None:
                 columns[target] = column
         as_text = {columns[name] for name in ("item", "title", "text") if name in columns}
-        if "categories" in columns:
-            types = {**types, columns["categories"]: "token_seq"}
+        as_text.add(columns.get("categories", self.item))
         table = mapped(self._typed(table, types, as_text), columns, "items")
+        if "categories" in columns:
+            listed = list_column(table.frame, "categories", path, self.sequence_separator, findings)
+            table.frame = table.frame.with_columns(listed)
         return with_source_rows(with_clean_ids(table, "item", findings))

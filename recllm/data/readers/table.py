@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from recllm.data.raw.anyfile import read_table
+from recllm.data.raw.anyfile import has_separator, is_delimited, read_table
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.joining import (
     column_of,
     find_images,
-    list_column,
     mapped,
     text_column,
     with_clean_ids,
     with_source_rows,
 )
+from recllm.data.raw.lists import list_column
 from recllm.data.raw.tables import RawDataset, RawTable
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
@@ -33,9 +33,9 @@ class Table(ImportOptions):
     item: str = "item"
     """Column of SOURCE with the item id."""
     timestamp: str | None = None
-    """Column of SOURCE with the time; by default `timestamp` where there is one, else there are no times."""
+    """Column of SOURCE with the time; by default `timestamp` where there is one ("" for none)."""
     rating: str | None = None
-    """Column of SOURCE with the rating; by default `rating` where there is such a column."""
+    """Column of SOURCE with the rating; by default `rating` where there is such a column ("" for none)."""
     review: str | None = None
     """Column of SOURCE with the review text; by default `review` where there is such a column."""
     items_file: Path | None = None
@@ -49,7 +49,7 @@ class Table(ImportOptions):
     categories: str | None = None
     """Column of the items file with the categories; by default `categories` where there is such a column."""
     category_separator: str = "|"
-    """What stands between the categories of an item, where they are text and not a list."""
+    """What stands between the categories of an item, where they are text and no list in any spelling."""
     users_file: Path | None = None
     """Table of the users, with the column that --user names; all its other columns are kept."""
     images: Path | None = None
@@ -59,8 +59,10 @@ class Table(ImportOptions):
     image_column: str | None = None
     """Column of the items file with image paths below that folder: a list, or text with `|` between them."""
     separator: str | None = None
-    r"""What stands between the fields of all text files given; by default a comma for .csv, a tab (`\t`) for
-    .tsv."""
+    r"""What stands between the fields of SOURCE; by default a comma for .csv, a tab (`\t`) for .tsv."""
+    items_separator: str | None = None
+    """What stands between the fields of the items and users files; by default as in SOURCE where their first
+    lines have it, else by their suffixes."""
     quote: str = "auto"
     """The quote character of the text files; empty where quotes have no meaning. By default double quotes,
     except in tab-separated files whose lines make sense only without."""
@@ -75,6 +77,7 @@ class Table(ImportOptions):
         """Reads the files that the options name."""
         if self.user == self.item:
             raise DataError(f"--user and --item name the same column {self.user!r}")
+        self._check_separators()
         table = self._open(self.source, findings, workspace, header=self.columns or None)
         columns = {"user": self.user, "item": self.item}
         for name in ("timestamp", "rating", "review"):
@@ -96,6 +99,9 @@ class Table(ImportOptions):
         self, path: Path, findings: Findings, workspace: Path, *, header: tuple[str, ...] | None = None
     ) -> RawTable:
         separator = self.separator and self.separator.replace("\\t", "\t")
+        if path != self.source:
+            given = self.items_separator and self.items_separator.replace("\\t", "\t")
+            separator = given or (separator if has_separator(path, separator) else None)
         return read_table(
             path,
             findings,
@@ -106,6 +112,16 @@ class Table(ImportOptions):
             header=header,
             encoding=self.encoding,
         )
+
+    def _check_separators(self) -> None:
+        beside = [path for path in (self.items_file, self.users_file) if path is not None]
+        for option, given, paths in (
+            ("--separator", self.separator, [self.source, *beside]),
+            ("--items-separator", self.items_separator, beside),
+        ):
+            texts = [path for path in paths if not path.is_file() or is_delimited(path)]
+            if given is not None and not texts:
+                raise DataError(f"{option} is for delimited text, and no such file is given")
 
     def _read_items(self, path: Path, findings: Findings, workspace: Path) -> RawTable:
         table = self._open(path, findings, workspace)
@@ -177,6 +193,6 @@ def items_table(
     columns = [text_column(table.frame, name, table.path) for name in ("title", "text") if name in chosen]
     for name, separator in (("categories", category_separator), ("images", "|")):
         if name in chosen:
-            columns.append(list_column(table.frame, name, table.path, separator))
+            columns.append(list_column(table.frame, name, table.path, separator, findings))
     table.frame = table.frame.with_columns(*columns)
     return with_source_rows(table)

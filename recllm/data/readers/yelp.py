@@ -11,8 +11,9 @@ import polars as pl
 from recllm.data.image_files import is_inside, is_plain_file
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.joining import join_columns
-from recllm.data.raw.lines import as_number, as_text, as_texts, as_whole, scan_json_lines
+from recllm.data.raw.json_lines import scan_json_lines
 from recllm.data.raw.tables import RawDataset, RawTable, find_file
+from recllm.data.raw.values import Record, as_flag, as_id, as_number, as_text, as_texts, as_whole
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
 
@@ -42,6 +43,14 @@ REVIEW = {
     "cool": pl.Int64(),
 }
 USER = {"user": TEXT, "name": TEXT, "yelping_since": TEXT}
+COMMA_NAMES = (
+    "Beer, Wine & Spirits",
+    "Books, Mags, Music & Video",
+    "Used, Vintage & Consignment",
+    "Wills, Trusts, & Probates",
+)
+"""The names among Yelp's categories that hold commas."""
+_ASIDE = "\ue000"
 PHOTO = {"photo": TEXT, "item": TEXT, "caption": TEXT, "label": TEXT}
 
 
@@ -131,44 +140,56 @@ def _has_content(path: Path) -> bool:
     return is_plain_file(path) and path.stat().st_size > 0
 
 
-def _review(content: dict[str, Any]) -> dict[str, Any]:
+def _review(content: Record) -> dict[str, Any]:
+    if isinstance(votes := content.get("votes"), dict):  # the releases up to 2017
+        content.update({name: votes.get(name) for name in ("useful", "funny", "cool")})
     return {
-        "user": as_text(content["user_id"]),
-        "item": as_text(content["business_id"]),
-        "timestamp": as_text(content.get("date")),
-        "rating": as_number(content.get("stars")),
-        "review": as_text(content.get("text")),
-        "review_id": as_text(content.get("review_id")),
-        **{name: as_whole(content.get(name)) for name in ("useful", "funny", "cool")},
+        "user": as_id(content["user_id"]),
+        "item": as_id(content["business_id"]),
+        "timestamp": content.take(as_text, "date"),
+        "rating": content.take(as_number, "stars"),
+        "review": content.take(as_text, "text"),
+        "review_id": content.take(as_text, "review_id"),
+        **{name: content.take(as_whole, name) for name in ("useful", "funny", "cool")},
     }
 
 
-def _business(content: dict[str, Any]) -> dict[str, Any]:
-    categories = content.get("categories")
-    if isinstance(categories, str):  # lists of names in the releases before 2018
-        categories = [name.strip() for name in categories.split(",")]
+def _business(content: Record) -> dict[str, Any]:
+    if "full_address" in content:  # the releases up to 2017
+        content.setdefault("address", content["full_address"])
+    is_open = content.take(as_flag, "is_open", "open")
     return {
-        "item": as_text(content["business_id"]),
-        "title": as_text(content.get("name")),
-        "categories": as_texts(categories),
-        **{name: as_text(content.get(name)) for name in ("address", "city", "state", "postal_code")},
-        **{name: as_number(content.get(name)) for name in ("latitude", "longitude", "stars")},
-        "is_open": as_whole(content.get("is_open")),
+        "item": as_id(content["business_id"]),
+        "title": content.take(as_text, "name"),
+        "categories": content.take(_categories, "categories", empty=[]),
+        **{name: content.take(as_text, name) for name in ("address", "city", "state", "postal_code")},
+        **{name: content.take(as_number, name) for name in ("latitude", "longitude", "stars")},
+        "is_open": None if is_open is None else int(is_open),
     }
 
 
-def _user(content: dict[str, Any]) -> dict[str, Any]:
+def _categories(value: Any) -> list[str]:
+    """Names as a list (before 2018) or as one text, in which some names hold commas themselves."""
+    if not isinstance(value, str):
+        return as_texts(value)
+    for name in COMMA_NAMES:
+        value = value.replace(name, name.replace(",", _ASIDE))
+    names = (name.replace(_ASIDE, ",").strip() for name in value.split(","))
+    return [name for name in names if name]
+
+
+def _user(content: Record) -> dict[str, Any]:
     return {
-        "user": as_text(content["user_id"]),
-        "name": as_text(content.get("name")),
-        "yelping_since": as_text(content.get("yelping_since")),
+        "user": as_id(content["user_id"]),
+        "name": content.take(as_text, "name"),
+        "yelping_since": content.take(as_text, "yelping_since"),
     }
 
 
-def _photo(content: dict[str, Any]) -> dict[str, Any]:
+def _photo(content: Record) -> dict[str, Any]:
     return {
-        "photo": as_text(content["photo_id"]),
-        "item": as_text(content["business_id"]),
-        "caption": as_text(content.get("caption")),
-        "label": as_text(content.get("label")),
+        "photo": as_id(content["photo_id"]),
+        "item": as_id(content["business_id"]),
+        "caption": content.take(as_text, "caption"),
+        "label": content.take(as_text, "label"),
     }
