@@ -41,7 +41,9 @@ class Catalog:
         self.special_tokens = tuple(special_tokens)
         self._titles, self._texts = items["title"], items["text"]
         self._categories, self._images = items["categories"], items["images"]
+        self._brands = items["brand"] if items.schema.get("brand") == pl.String else None
         self.described = lru_cache(_HELD)(self._described)
+        self.metadata = lru_cache(_HELD)(self._metadata)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -61,6 +63,15 @@ class Catalog:
     def categories(self, code: int) -> str:
         """Returns an item's categories, separated by commas, the widest first."""
         return self.safe(", ".join(self._names(code)), CATEGORIES_LIMIT)
+
+    def brand(self, code: int) -> str:
+        """Returns an item's brand; empty where it, or the column `brand`, has none."""
+        return "" if self._brands is None else self.safe(self._brands[code], TITLE_LIMIT)
+
+    def _metadata(self, code: int) -> str:
+        """Title, brand, categories and text as sentences in one line: D^t of MLLMRec eq. 2."""
+        values = (self.title(code), self.brand(code), self.categories(code), self.text(code))
+        return " ".join(_sentence(value) for value in values if value)
 
     def narrowest_category(self, code: int) -> str:
         """Returns the last of an item's categories; empty where it has none."""

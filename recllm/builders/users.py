@@ -81,7 +81,7 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
         nonlocal left_out
         for user in users:
             told = [
-                multimodal_description(catalog.described(code), catalog.safe(descriptions.texts[code]))
+                multimodal_description(catalog.metadata(code), catalog.safe(descriptions.texts[code]))
                 for code in items_of(user)
             ]
             request, dropped = _within(session, user, template, told, options.max_prompt_tokens)

@@ -19,7 +19,11 @@ from recllm.files import sha256
 CATALOG = "catalog"
 """The name that stands for title and text of items.parquet."""
 COLUMNS_OF_CATALOG = ("title", "text")
-"""The names that stand for one column of items.parquet."""
+"""The columns that `catalog` stands for."""
+METADATA = "metadata"
+"""The name that stands for title, brand, categories and text of items.parquet."""
+COLUMNS_OF_METADATA = ("title", "brand", "categories", "text")
+"""The columns that `metadata` stands for; each is a name by itself."""
 METADATA_KEY = "recllm.texts"
 COLUMNS = ("text", "prompt_hash", "prompt_tokens", "tokens", "finish")
 
@@ -126,27 +130,31 @@ def item_texts(dataset: Dataset, name: str = CATALOG) -> list[str]:
 
     Args:
         dataset: The dataset.
-        name: `catalog` (title and text of items.parquet), `title` or `text` (that column alone), or the name
-            of a file DATASET/texts/<name>.parquet with the items' ids. Several joined by `+`, such as
+        name: `catalog` (title and text of items.parquet), `metadata` (title, brand, categories and text),
+            `title`, `brand`, `categories` or `text` (that column alone), or the name of a file
+            DATASET/texts/<name>.parquet with the items' ids. Several joined by `+`, such as
             `title+grounding`: one after the other, each a sentence of its own; an item has what there is.
+            `metadata+description` is MLLMRec's multimodal description (eq. 2).
 
     Raises:
         DataError: The file is missing, was made from another state of the dataset, or has a text of no item.
     """
     if name == CATALOG:
         name = "+".join(COLUMNS_OF_CATALOG)
+    if name == METADATA:
+        name = "+".join(COLUMNS_OF_METADATA)
     if "+" in name:
         parts = name.split("+")
         if len(set(parts)) < len(parts) or not all(parts):
             raise DataError(f"texts {name!r}: expected different names joined by +, such as title+grounding")
         return functools.reduce(_sentences, [item_texts(dataset, part) for part in parts])
-    if name in COLUMNS_OF_CATALOG:
-        return dataset.items[name].str.strip_chars().to_list()
+    if name in COLUMNS_OF_METADATA:
+        return _column(dataset.items, name)
     path = dataset.folder / "texts" / f"{name}.parquet"
     if not path.exists():
         held = ", ".join(sorted(each.stem for each in path.parent.glob("*.parquet"))) or "none"
         raise DataError(
-            f"{path} does not exist; texts are {CATALOG}, {', '.join(COLUMNS_OF_CATALOG)} or a "
+            f"{path} does not exist; texts are {CATALOG}, {METADATA}, {', '.join(COLUMNS_OF_METADATA)} or a "
             f"name in {path.parent} ({held}), which `recllm build items` writes"
         )
     table, metadata = read_texts(path)
@@ -170,3 +178,11 @@ def _sentences(first: list[str], second: list[str]) -> list[str]:
     stop = pl.when(one.str.contains(r"[.!?…]$")).then(pl.lit(" ")).otherwise(pl.lit(". "))
     joined = pl.when((one != "") & (other != "")).then(one + stop + other).otherwise(one + other)
     return texts.select(joined.alias("text"))["text"].to_list()
+
+
+def _column(items: pl.DataFrame, name: str) -> list[str]:
+    """A column as texts; empty where it has nothing, and where there is no column `brand` of text."""
+    if name == "brand" and items.schema.get("brand") != pl.String:
+        return [""] * len(items)
+    values = items[name].list.join(", ", ignore_nulls=True) if name == "categories" else items[name]
+    return values.str.strip_chars().fill_null("").to_list()

@@ -31,6 +31,7 @@ RANKERS: dict[str, tuple[str, str]] = {
     "lattice": ("recllm.rankers.models.lattice", "LATTICE"),
     "freedom": ("recllm.rankers.models.freedom", "FREEDOM"),
     "smore": ("recllm.rankers.models.smore", "SMORE"),
+    "mllmrec": ("recllm.rankers.models.mllmrec", "MLLMRec"),
 }
 """The trained rankers: name -> (module, class)."""
 

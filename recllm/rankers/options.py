@@ -24,7 +24,17 @@ from recllm.runs.folder import setting_differences, settings_of
 
 # What may differ between a run and its resumption: it changes neither a weight nor the chosen epoch. Split
 # and features are compared by their hashes.
-_FREE_ON_RESUME = ("out", "resume", "overwrite", "patience", "split", "text", "image", "feature_order")
+_FREE_ON_RESUME = (
+    "out",
+    "resume",
+    "overwrite",
+    "patience",
+    "split",
+    "text",
+    "image",
+    "user_text",
+    "feature_order",
+)
 
 
 @dataclass
@@ -34,18 +44,25 @@ class TrainRankerOptions(FitOptions):
     # -- What ----------------------------------------------------------------------------------------------
     ranker: str | None = None
     """The recommender: sasrec, bert4rec, gru4rec, stosa, unisrec, missrec, m3srec, stosa_m3, hm4sr, mmsr,
-    mmsbr, profile_fusion, bpr, vbpr, lightgcn, mmgcn, lattice, freedom or smore. Its own options are flags,
-    too."""
+    mmsbr, profile_fusion, bpr, vbpr, lightgcn, mmgcn, lattice, freedom, smore or mllmrec. Its own options are
+    flags, too."""
 
     # -- Data ----------------------------------------------------------------------------------------------
     split: Annotated[Path | None, arg(metavar="FOLDER")] = None
     """DATASET/splits/NAME, made by `recllm data split`."""
     text: str = "catalog"
-    """Texts of multimodal recommenders: `catalog` (title and text), a name in DATASET/texts, or a file of
-    vectors (.npy, .safetensors); `none` for none."""
+    """Texts of multimodal recommenders: `catalog` (title and text), `metadata` (title, brand, categories and
+    text), a name in DATASET/texts, several of these joined by + (metadata+description), or a file of vectors
+    (.npy, .safetensors); `none` for none."""
     image: str | None = None
     """Images of multimodal recommenders: the multimodal model whose visual tokens are averaged (`tiny`, a
     folder, a hub id), or a file of vectors (.npy, .safetensors); `none` for none."""
+    user_text: str | None = None
+    """Texts about users, for mllmrec: a name in DATASET/texts that `recllm build users` has written from the
+    training part of the same split, such as preference."""
+    allow_leak: bool = False
+    """Take texts about users that were written from held-out interactions (--leak-all-interactions), to
+    measure what the leak is worth. The run's manifest and all score files say so."""
     feature_order: str | None = None
     """Which item each row of a .npy file belongs to: `numeric` (ids in ascending order as numbers), `source`
     (the items table that was imported), `dataset` (items.parquet), or a file with an item id on each line or

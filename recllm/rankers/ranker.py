@@ -43,6 +43,7 @@ class Ranker(nn.Module):
         modality_parts: The names of the submodules and parameters that belong to a modality alone.
         frozen: The names of parameters that no training changes.
         needs: What it needs of the data beside interactions and features: "times" (see `check_needs`).
+        reads_user_texts: Whether it reads `TrainingData.user_features`.
         config: How it was made.
     """
 
@@ -52,6 +53,7 @@ class Ranker(nn.Module):
     modality_parts: ClassVar[dict[str, tuple[str, ...]]] = {}
     frozen: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
+    reads_user_texts: ClassVar[bool] = False
     config: Any
 
     def loss(self, batch: Batch, criterion: Criterion, *, without: Without = ()) -> Tensor:
@@ -112,11 +114,14 @@ class PairRanker(Ranker):
 
     Attributes:
         folds_in: Whether `fold_in` gives vectors to users whom training did not know.
+        served: Which users `vectors` has a vector of, with or without a training interaction; bool, shape
+            [users]. None: those with one.
     """
 
     examples = "pairs"
     losses = ("bpr",)
     folds_in: ClassVar[bool] = False
+    served: np.ndarray | None = None
 
     def vectors(self, *, without: Without = ()) -> tuple[Tensor, Tensor]:
         """Returns the vectors of all users [U, D] and of all items [I, D], by code."""

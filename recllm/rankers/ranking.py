@@ -74,11 +74,13 @@ class UserStates:
         else:
             vectors, self.items = (each.detach() for each in ranker.vectors(without=without))
             codes = torch.from_numpy(users).to(device)
-            trained = np.zeros(data.n_users, dtype=bool)
-            trained[data.train.users] = True
-            self.states = vectors[codes] * torch.from_numpy(trained[users]).to(device)[:, None]
-            if ranker.folds_in and not trained[users].all():
-                unknown = np.flatnonzero(~trained[users])
+            served = ranker.served
+            if served is None:
+                served = np.zeros(data.n_users, dtype=bool)
+                served[data.train.users] = True
+            self.states = vectors[codes] * torch.from_numpy(served[users]).to(device)[:, None]
+            if ranker.folds_in and not served[users].all():
+                unknown = np.flatnonzero(~served[users])
                 interactions = _interactions(histories, users[unknown], data.n_items)
                 folded = ranker.fold_in(interactions, without=without)
                 self.states[torch.from_numpy(unknown).to(device)] = folded

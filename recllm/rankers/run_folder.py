@@ -29,6 +29,7 @@ from recllm.rankers.ranker import PairRanker, Ranker, check_needs
 from recllm.rankers.ranking import check_users_are_served
 from recllm.rankers.saving import LAST, load_weights
 from recllm.rankers.training_data import TrainingData
+from recllm.rankers.user_texts import user_text_features
 from recllm.runs.folder import (
     FINISHED,
     RANKER,
@@ -41,6 +42,7 @@ from recllm.runs.folder import (
 from recllm.runs.provenance import describe_run
 
 METRICS = "metrics.json"
+LEAKY = "  these texts were written from held-out interactions: what they score is no prediction"
 
 
 @dataclass(frozen=True)
@@ -71,20 +73,26 @@ def open_run(options: TrainRankerOptions) -> RankerRun:
     options.config()
     _check_ablation(options)
     _check_order_is_used(options)
+    _check_user_texts_are_read(options)
     check_users_are_served(ranker_class(options.ranker), split, "valid")
     check_needs(ranker_class(options.ranker), TrainingData.of(split))
     if rank() == 0:  # the first to come makes what is kept: embeddings, visual store, sequences
-        data = TrainingData.of(split, read_modalities(options, split))
+        data = read_data(options, split)
         for name, each in data.features.items():
             missing = int((~each.present).sum())
             print(f"{name}: {each.source}; {missing:,} of {data.n_items:,} items have none", flush=True)
+        if data.user_features is not None:
+            missing = int((~data.user_features.present).sum())
+            print(f"users: {data.user_features.source}; {missing:,} of {data.n_users:,} users have none")
+            if data.user_features.leak:
+                print(LEAKY, flush=True)
     sum_over_ranks([0])
     if rank() != 0:
-        data = TrainingData.of(split, read_modalities(options, split))
+        data = read_data(options, split)
     if begun is None:
         return RankerRun(path, split, data)
     manifest = _manifest(options, split, data, TRAINING)
-    for name in ("data_hash", "split_hash", "features"):
+    for name in ("data_hash", "split_hash", "features", "user_features"):
         if begun.get(name) != manifest[name]:
             raise DataError(f"{path} was begun with other {name.replace('_', ' ')}; give another --out")
     longer = any(getattr(options, name) > begun["settings"][name] for name in ("epochs", "patience"))
@@ -186,6 +194,8 @@ def load_run(
         options = from_json(manifest["settings"])
         trained_on = Origin.of_manifest(path, manifest, "was trained on")
         fingerprints = {name: each["fingerprint"] for name, each in manifest["features"].items()}
+        if manifest.get("user_features") is not None:
+            fingerprints["user"] = manifest["user_features"]["fingerprint"]
         config = options.config()
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path / MANIFEST} is damaged ({error!r}); train the ranker again") from None
@@ -194,11 +204,11 @@ def load_run(
     opened = Split.open(split or options.split)
     remedy = "score it on the split that it was trained on, or train it on this one"
     check_same_origin(trained_on, opened.origin, remedy=remedy, required=("dataset", "split"))
-    features = read_modalities(options, opened)
+    data = read_data(options, opened)
     for name, fingerprint in fingerprints.items():
-        if name not in features or features[name].fingerprint != fingerprint:
+        now = data.user_features if name == "user" else data.features.get(name)
+        if now is None or now.fingerprint != fingerprint:
             raise DataError(f"{path} was trained with other {name} features than there are now; train again")
-    data = TrainingData.of(opened, features)
     kind, known = ranker_class(options.ranker), data
     if known_before and issubclass(kind, PairRanker):
         known = data.knowing(data.known_before(opened, known_before))
@@ -255,6 +265,41 @@ def _check_ablation(options: TrainRankerOptions) -> None:
             f"--without {without}: without --transductive, {options.ranker} knows items by their {without} "
             "alone"
         )
+
+
+def read_data(options: TrainRankerOptions, split: Split) -> TrainingData:
+    """Reads the training part of a split, and the features that the ranker takes and the options name.
+
+    Raises:
+        DataError: One is missing or damaged, or texts about users were written from held-out interactions.
+    """
+    users = None
+    if options.user_text is not None:
+        users = user_text_features(
+            split,
+            options.user_text,
+            allow_leak=options.allow_leak,
+            encoder=options.encoder,
+            progress=rank() == 0,
+        )
+    return TrainingData.of(split, read_modalities(options, split), users)
+
+
+def _check_user_texts_are_read(options: TrainRankerOptions) -> None:
+    reads = ranker_class(options.ranker).reads_user_texts and getattr(options, "reasoning", True)
+    if options.user_text is not None and not reads:
+        without = " with --no-reasoning" if ranker_class(options.ranker).reads_user_texts else ""
+        raise DataError(
+            f"--user-text {options.user_text}: {options.ranker}{without} reads no texts about users; "
+            "leave the option out"
+        )
+    if options.user_text is None and reads:
+        raise DataError(
+            f"{options.ranker} reads texts about users: give --user-text preference, which `recllm build "
+            "users DATASET --system mllmrec` writes; or --no-reasoning for learned vectors"
+        )
+    if options.allow_leak and options.user_text is None:
+        raise DataError("--allow-leak is about --user-text, which is not given; leave it out")
 
 
 def _check_order_is_used(options: TrainRankerOptions) -> None:
@@ -320,6 +365,13 @@ def _manifest(options: TrainRankerOptions, split: Split, data: TrainingData, sta
                 "fingerprint": each.fingerprint,
             }
             for name, each in data.features.items()
+        },
+        "user_features": data.user_features
+        and {
+            **data.user_features.facts,
+            "width": data.user_features.vectors.shape[1],
+            "users_without": int((~data.user_features.present).sum()),
+            "fingerprint": data.user_features.fingerprint,
         },
         "run": describe_run(),
     }

@@ -77,7 +77,7 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
     """
     from recllm.rankers.pools import items_with_all
     from recllm.rankers.ranking import check_left, items_with_content, score_candidates, user_states
-    from recllm.rankers.run_folder import load_run
+    from recllm.rankers.run_folder import LEAKY, load_run
 
     check_pool(options.pool, options.top_k)
     without = () if options.without is None else (options.without,)
@@ -94,10 +94,13 @@ def score_ranker(options: ScoreRankerOptions) -> Path:
     )
     check_left(ranker, run.data, options.run, without)
     members = items_with_all(run.split.dataset, options.covered_by, options.feature_order)
+    if run.data.user_features is not None and run.data.user_features.leak:
+        print(LEAKY)
     facts = {
         **{"weights": [str(options.run)], "pool": options.pool, "members": members},
         **{"without": options.without},
         **{"present": items_with_content(ranker, run.data, without=without)},
+        **({} if run.data.user_features is None else {"user_texts": run.data.user_features.facts}),
     }
     if files.full:
         ranking = full_ranking(run.split, options.part, mask=options.mask)

@@ -16,6 +16,7 @@ from recllm.data.dataset import NO_TIME
 from recllm.data.sequences import Sequences, open_sequences
 from recllm.data.splits import HeldOut, Split
 from recllm.rankers.features import Features
+from recllm.rankers.user_texts import UserFeatures
 
 SECONDS_A_DAY = 86_400
 _CURRENCY = r"\s*(?:[$€£¥]|[A-Za-z]{3})?\s*"
@@ -53,6 +54,7 @@ class TrainingData:
         n_items: Items of the dataset, of which some may have no training interaction.
         train: Each training user's interactions.
         features: Frozen vectors of a modality ("text", "image") for each item.
+        user_features: Frozen vectors of texts about users; None where no ranker asked for them.
         categories: Which items are of which category; bool, shape [items, categories]; None where the catalog
             has none.
         prices: The price of each item, NaN where it is not known; float32, shape [items]; None where the
@@ -68,9 +70,15 @@ class TrainingData:
     categories: np.ndarray | None = None
     prices: np.ndarray | None = None
     first_second: int | None = None
+    user_features: UserFeatures | None = None
 
     @classmethod
-    def of(cls, split: Split, features: Mapping[str, Features] | None = None) -> TrainingData:
+    def of(
+        cls,
+        split: Split,
+        features: Mapping[str, Features] | None = None,
+        user_features: UserFeatures | None = None,
+    ) -> TrainingData:
         """Reads the training part of a split."""
         sequences = open_sequences(split, "train")
         timed = sequences.timestamps[sequences.timestamps != NO_TIME]
@@ -84,6 +92,7 @@ class TrainingData:
             _categories(dataset.items),
             _prices(dataset.items),
             first,
+            user_features,
         )
 
     def known_before(self, split: Split, part: HeldOut) -> Histories:

@@ -23,6 +23,8 @@ VARIANTS = {
     **{name: (name, {}) for name in RANKERS},
     "unisrec-both": ("unisrec", {"modalities": ("text", "image")}),
     "freedom-refined": ("freedom", REFINED),
+    "mllmrec": ("mllmrec", {"threshold": 0.2, "audience_neighbors": worlds.ITEMS}),
+    "mllmrec-graph": ("mllmrec", {"reasoning": False, "item_graph": False, "user_graph": True}),
     "missrec": ("missrec", {"interest_share": 0.3}),
     "mmsbr": ("mmsbr", {"rounds": 2}),
     **{f"profile-{name}": ("profile_fusion", {"fusion": name}) for name in ("gating", "cross", "spectral")},

@@ -21,10 +21,12 @@ from recllm.data.splits import Split, SplitOptions, make_split
 from recllm.rankers.batches import Batch
 from recllm.rankers.features import Features
 from recllm.rankers.training_data import Histories, TrainingData
+from recllm.rankers.user_texts import UserFeatures
 
 USERS, ITEMS = 21, 29
 UNKNOWN_USER, UNTOUCHED_ITEM = 7, 28
 WITHOUT_IMAGE, WITHOUT_TEXT = 3, 5
+WITHOUT_USER_TEXT = 4
 WIDTHS = {"text": 12, "image": 10}
 
 
@@ -56,7 +58,16 @@ def tiny_data(seed: int = 0) -> TrainingData:
         categories,
         prices,
         1_600_000_000,
+        user_features(random),
     )
+
+
+def user_features(random: np.random.Generator) -> UserFeatures:
+    """Returns vectors of length 1 for all users but two, of whom one is not known to training either."""
+    vectors = random.standard_normal((USERS, WIDTHS["text"])).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    present = ~np.isin(np.arange(USERS), [UNKNOWN_USER, WITHOUT_USER_TEXT])
+    return UserFeatures(vectors * present[:, None], present, "drawn by a test")
 
 
 def histories(
