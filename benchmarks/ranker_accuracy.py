@@ -100,7 +100,7 @@ WORLDS = {
         ),
         "ml5/splits/loo",
         ("seen",),
-        tuple(RANKERS),
+        tuple(name for name in RANKERS if not ranker_class(name).reads_user_texts),  # an MLLM writes those
         {
             "": ("--image", "tiny", "--max-pixels", "12544"),
             "bpr": ("--regularization", "0.01"),  # best on validation lists, of 0.1 to 0.003

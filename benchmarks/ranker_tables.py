@@ -20,6 +20,7 @@ NAMES = {
     "lattice": "LATTICE",
     "freedom": "FREEDOM",
     "smore": "SMORE",
+    "mllmrec": "MLLMRec",
     "gru4rec": "GRU4Rec",
     "sasrec": "SASRec",
     "bert4rec": "BERT4Rec",
