@@ -131,6 +131,12 @@ class UserOptions(ModelOptions):
     max_history: int = 0
     """Only windows that begin within a user's latest so many interactions (mllm_srec), or only those
     interactions (mllmrec); 0 for all."""
+    sample_history: bool = False
+    """For mllmrec, with --max-history: so many interactions of each user drawn at random, instead of the
+    latest. The draw depends on the user's id alone."""
+    history_order: Literal["time", "shuffled"] = "time"
+    """For mllmrec: the order of a user's items in the prompt. shuffled: as a set, in an order that depends on
+    the user's id alone."""
     item_texts: str | None = None
     """Name of the item texts to read; by default imsg (mllm_srec) or description (mllmrec)."""
     max_prompt_tokens: int = 4096

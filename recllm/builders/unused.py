@@ -14,6 +14,8 @@ _OF_ONE_SYSTEM = {
     "dataset_name": "mllmrec",
     "max_prompt_tokens": "mllmrec",
     "leak_all_interactions": "mllmrec",
+    "sample_history": "mllmrec",
+    "history_order": "mllmrec",
     "parts": "mllm_srec",
     "window": "mllm_srec",
     "step": "mllm_srec",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Iterator
+
+import numpy as np
 
 from recllm.builders.drift import drift_path, follow_drift
 from recllm.builders.histories import Histories, History, windows
@@ -34,6 +37,8 @@ def summarize_users(options: UserOptions) -> None:
         raise DataError(
             f"--tell-ratings is for --system mllm_srec; {options.system} has no words for ratings"
         )
+    if options.sample_history and not options.max_history:
+        raise DataError("--sample-history draws --max-history interactions of each user; give that number")
     session = Session(options)
     split = Split.open(session.dataset.folder / "splits" / options.split, dataset=session.dataset)
     if options.system == "mllmrec":
@@ -74,8 +79,17 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
     left_out = 0
 
     def items_of(user: int) -> list[int]:
-        items = history_of(user).latest(options.max_history).items.tolist()
-        return items + [target.item for target in histories.targets(user)] if leak else items
+        history = history_of(user)
+        name = session.dataset.users["user"][user]
+        if options.sample_history and len(history.items) > options.max_history:
+            drawn = _random_of(name, "sample").choice(len(history.items), options.max_history, replace=False)
+            items = history.items[np.sort(drawn)].tolist()
+        else:
+            items = history.latest(options.max_history).items.tolist()
+        items += [target.item for target in histories.targets(user)] if leak else []
+        if options.history_order == "shuffled":
+            items = [items[place] for place in _random_of(name, "order").permutation(len(items))]
+        return items
 
     def requests() -> Iterator[Request]:
         nonlocal left_out
@@ -100,15 +114,25 @@ def _preferences(session: Session, options: UserOptions, split: Split) -> None:
         "leak": leak,
         "item_texts": descriptions.name,
         "item_texts_sha256": descriptions.sha256,
+        "max_history": options.max_history,
+        "sample_history": options.sample_history,
+        "history_order": options.history_order,
         "users": len(answers),
         "items_left_out": left_out,
         "items_after_a_target": too_late,
     }
     session.write(name, answers, decoding, [template], facts, {"user": answers.ids})
     if left_out and rank() == 0:
-        print(f"  {left_out:,} items left out, the oldest of each user (--max-prompt-tokens)")
+        which = "oldest" if options.history_order == "time" else "first"
+        print(f"  {left_out:,} items left out, the {which} of each user (--max-prompt-tokens)")
     if too_late and rank() == 0:
         print(f"  {too_late:,} training interactions left out: they follow a held-out target of their user")
+
+
+def _random_of(user: str, purpose: str) -> np.random.Generator:
+    """Returns the generator of one user's draws: the same in every run, whoever else is in the data."""
+    digest = hashlib.sha256(f"{purpose} {user}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
 
 
 def multimodal_description(text: str, description: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -354,3 +355,39 @@ def test_the_preference_of_a_user_knows_nothing_that_follows_a_held_out_target(t
         assert told == {items[int(dataset.item_codes[row])] for row in known}
     _, metadata = read_texts(dataset.folder / "texts" / "preference.parquet")
     assert metadata["items_after_a_target"] > 0
+
+
+def test_preferences_list_items_in_time_order_or_as_a_set_the_latest_or_drawn_ones(tmp_path, backend):
+    """MLLMRec's release lists them in the order of the log's file."""
+    times = np.random.default_rng(0).permutation(12)
+    log = pl.DataFrame({"user": "u", "item": [f"thing{n:02d}" for n in times], "timestamp": times + 10**9})
+    items = log.select("item", title="item").sort("item")
+    users = pl.DataFrame({"user": ["u"]})
+    dataset = write_dataset(
+        tmp_path / "d", items=items, interactions=log, users=users, source={"made": "by a test"}
+    )
+    split_of(dataset)
+    summarize_items(ItemOptions(dataset.folder, "rule", system="mllmrec"))
+
+    def listed(number: int, **options: object) -> list[int]:
+        backend.asked.clear()
+        tag = f"way{number}"
+        summarize_users(
+            UserOptions(dataset.folder, "rule", system="mllmrec", tag=tag, store=tmp_path / tag, **options)
+        )
+        (request,) = backend.asked
+        return [int(found) for found in re.findall(r"thing(\d+)", words_of(request.messages))]
+
+    everything = list(range(10))  # the last two are held out
+    assert listed(0) == everything
+    assert listed(1, max_history=4) == everything[-4:]
+    shuffled = listed(2, history_order="shuffled")
+    assert shuffled != everything == sorted(shuffled) and listed(3, history_order="shuffled") == shuffled
+    drawn = listed(4, max_history=4, sample_history=True)
+    assert drawn == sorted(set(drawn)) and len(drawn) == 4 and drawn != everything[-4:]
+    assert listed(5, max_history=4, sample_history=True) == drawn
+    assert listed(6, max_history=10, sample_history=True) == everything
+    _, metadata = read_texts(dataset.folder / "texts" / "preference-way4.parquet")
+    assert metadata["sample_history"] is True and metadata["max_history"] == 4
+    with pytest.raises(DataError, match="--sample-history draws --max-history"):
+        listed(7, sample_history=True)

@@ -117,6 +117,8 @@ def test_options_of_another_system_about_items_are_refused(dataset, change):
         {"max_prompt_tokens": 100},
         {"leak_all_interactions": True},
         {"system": "mllmrec", "window": 2, "step": 2},
+        {"max_history": 3, "sample_history": True},
+        {"history_order": "shuffled"},
         {"system": "mllmrec", "parts": ("test",)},
     ],
 )
