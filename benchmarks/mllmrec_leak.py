@@ -8,7 +8,9 @@ ranked, seen items masked. The same builders, ranker, seeds and settings for all
 `leaky` only --leak-all-interactions differs. A rule stands in for the MLLM, and both rows have the same one:
 it says what a picture shows, and of a user the category, pattern, color and shape of each item that the
 prompt lists, the latest first, in at most 100 words. A real MLLM's summary keeps less of a single item.
-`learned` has no texts about users (--no-reasoning). Takes about 4 minutes on one core.
+The leaky text holds the validation item, too, which may be known when the test item is predicted, so not
+all of the difference is the test item. `learned` has no texts about users (--no-reasoning). Takes about 4
+minutes on one core.
 """
 
 from __future__ import annotations

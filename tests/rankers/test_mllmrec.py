@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import re
 import runpy
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +21,8 @@ from recllm.builders import session
 from recllm.builders.items import summarize_items
 from recllm.builders.options import ItemOptions, UserOptions
 from recllm.builders.users import summarize_users
-from recllm.cli import main
-from recllm.config import run_command
+from recllm.cli import COMMANDS, main
+from recllm.config import parse_config, run_command
 from recllm.data.dataset import Dataset, write_dataset
 from recllm.data.origins import MADE
 from recllm.data.splits import Split, SplitOptions, make_split
@@ -28,7 +31,7 @@ from recllm.errors import DataError
 from recllm.files import read_json
 from recllm.rankers.criteria import Criterion
 from recllm.rankers.models.mllmrec import MLLMRec, MLLMRecConfig
-from recllm.rankers.options import class_of_arguments
+from recllm.rankers.options import class_of_arguments, options_class
 from recllm.rankers.ranking import UserStates
 from recllm.rankers.user_texts import UserFeatures, user_text_features
 from tests.builders.worlds import RuleBackend, words_of, write_world
@@ -312,3 +315,25 @@ def test_the_prompt_about_a_user_says_the_same_of_items(tmp_path: Path):
     catalog = Catalog(of_items(tmp_path / "data", items), ("<|im_end|>",))
     assert "<|im_end|>" not in catalog.metadata(0)
     assert catalog.metadata(0).startswith("Mug. ") and catalog.metadata(0).endswith("Acme. Tea.")
+
+
+def test_every_command_in_its_page_parses():
+    page = (Path(__file__).parents[2] / "docs" / "mllmrec.md").read_text(encoding="utf-8")
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()
+    ]
+    assert len(lines) >= 10
+    for line in lines:
+        words = shlex.split(line)
+        if words[0] == "accelerate":
+            arguments = words[words.index("recipes/train_ranker.py") + 1 :]
+            parse_config(class_of_arguments(arguments), arguments).config()
+            continue
+        command = " ".join(words[1:3])
+        module, options, _, _ = COMMANDS[command]
+        parse_config(getattr(importlib.import_module(module), options), words[3:])
+    flags = set(re.findall(r"`(--[\w-]+)", page))
+    known = {name for kind in ("mllmrec", "freedom") for name in options_class(kind).__dataclass_fields__}
+    known |= set(UserOptions.__dataclass_fields__)
+    named = {flag.removeprefix("--").removeprefix("no-").replace("-", "_") for flag in flags}
+    assert named <= known
