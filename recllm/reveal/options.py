@@ -135,7 +135,7 @@ def check_options(options: RevealOptions) -> TrainRankerOptions:
     if "image" not in given.features_read():
         raise DataError(f"--ranker {options.ranker}: it reads no images, so REVEAL has nothing to improve")
     if given.without == "image":
-        raise DataError("--training without=image: without images REVEAL has nothing to improve; leave it out")
+        raise DataError("--training without=image: REVEAL has nothing to improve then; leave it out")
     AVL.of(given)
     return given
 
