@@ -13,8 +13,9 @@ import polars as pl
 
 from recllm.builders.catalog import Catalog, ImageCheck
 from recllm.builders.items import image_requests, text_requests
+from recllm.builders.tasks import CHOOSE
 from recllm.data.dataset import Dataset
-from recllm.data.instructions import InstructionPart, check_trained_on, open_part
+from recllm.data.instructions import InstructionPart, check_trained_on, open_part, rows_of_task
 from recllm.data.texts import CATALOG, ItemTexts, item_texts
 from recllm.errors import DataError
 from recllm.mllm.chat import Request, Result
@@ -141,11 +142,7 @@ def _choices(options: GRPOOptions, loaded: LoadedModel) -> Rows:
 
 
 def _choice_sources(part: InstructionPart, options: GRPOOptions) -> list[Source]:
-    table = pl.scan_parquet(part.path, glob=False)
-    if "task" in table.collect_schema().names():
-        table = table.filter(pl.col("task") == "choose")
-    else:
-        table = table.clear()
+    table = rows_of_task(pl.scan_parquet(part.path, glob=False), CHOOSE)
     rows = table.select("id", "target", "prompt", "completion", "images").collect().to_dicts()
     if not rows:
         raise DataError(
