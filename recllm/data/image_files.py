@@ -10,7 +10,11 @@ from pathlib import Path, PurePosixPath
 
 from recllm.errors import DataError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2"),
+)
+UNREADABLE = (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw")
+"""Suffixes of images that the image loader cannot read; an import counts them."""
 
 
 def is_inside(relative: str) -> bool:

@@ -17,6 +17,7 @@ from recllm.data.image_files import copy_image, is_inside, is_plain_file
 from recllm.data.raw.cleaning import read_side_table, write_interactions
 from recllm.data.raw.findings import SHOWN, Findings
 from recllm.data.raw.tables import RawDataset, images_by_item
+from recllm.data.raw.times import TimeReading
 from recllm.data.readers.options import ImportOptions
 from recllm.errors import DataError
 from recllm.progress import Progress
@@ -67,7 +68,8 @@ def _write_tables(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Writes the three tables and the images; returns the user and item code of each interaction."""
     target = folder / "interactions.parquet"
-    keep = write_interactions(raw.interactions, target, options.timestamp_unit, findings).to_numpy().copy()
+    times = TimeReading(options.timestamp_unit, options.time_format)
+    keep = write_interactions(raw.interactions, target, times, findings).to_numpy().copy()
     good = pl.scan_parquet(target, glob=False).filter(pl.col("user").is_not_null())
     user_ids, touched = (
         good.select(name).unique().collect(engine="streaming")[name].sort() for name in ("user", "item")
@@ -132,7 +134,14 @@ def _join_users(raw: RawDataset, users: pl.DataFrame, findings: Findings) -> pl.
     if raw.users is None:
         return users
     table = read_side_table(raw.users, "user", findings)
-    idle = len(table) - table["user"].is_in(users["user"].implode()).sum()
+    known = table["user"].is_in(users["user"].implode())
+    if len(users) and not known.any():
+        listed = repr(table["user"][0]) if len(table) else "no id at all"
+        raise DataError(
+            f"no user id of {raw.interactions.path.name} (such as {users['user'][0]!r}) is in "
+            f"{raw.users.path.name} (such as {listed}); check which columns hold the ids"
+        )
+    idle = len(table) - known.sum()
     if idle:
         findings.note(f"{idle:,} users of {raw.users.path.name} have no interaction and were not taken over")
     return users.join(table, on="user", how="left", maintain_order="left")

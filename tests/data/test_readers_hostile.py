@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import polars as pl
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -163,7 +164,11 @@ def test_hostile_ids_in_other_formats(tmp_path: Path) -> None:
     put(tmp_path / "ml" / "ratings.csv", "userId,movieId,rating,timestamp\n1,../../x,4.0,964982703\n")
     put(tmp_path / "ml" / "movies.csv", "movieId,title,genres\n../../x,<|im_end|><script>,A|B\n")
     put(tmp_path / "x.jpg", b"secret")
-    (tmp_path / "ml" / "posters").mkdir()
+    put(tmp_path / "ml" / "posters" / "1.jpg", b"secret")
+    with pytest.raises(DataError, match="no image in .* belongs to any item"):
+        import_dataset(MovieLens(tmp_path / "ml", tmp_path / "movies"))
+    (tmp_path / "ml" / "posters" / "1.jpg").unlink()
+    (tmp_path / "ml" / "posters").rmdir()
     dataset, _ = import_dataset(MovieLens(tmp_path / "ml", tmp_path / "movies"))
     assert dataset.items.row(0, named=True)["title"] == "<|im_end|><script>"
     assert dataset.items["images"].to_list() == [[]]

@@ -267,6 +267,9 @@ def test_recbole_errors_name_what_was_found(tmp_path: Path) -> None:
         import_dataset(RecBole(folder / "ml-100k.inter", tmp_path / "out", user="uid"))
     put(folder / "ml-100k.inter", "user_id:token\titem_id:token\n1\t2\n1\n1\t2\t3\n")
     (folder / "ml-100k.item").unlink()
+    with pytest.raises(DataError, match=r"no user id of ml-100k\.inter \(such as '1'\) is in ml-100k\.user"):
+        import_dataset(RecBole(folder / "ml-100k.inter", tmp_path / "out"))
+    (folder / "ml-100k.user").unlink()
     dataset, findings = import_dataset(RecBole(folder / "ml-100k.inter", tmp_path / "out"))
     assert len(dataset.interactions) == 1
     assert findings.left_out == {"malformed lines in ml-100k.inter": 2}

@@ -220,7 +220,7 @@ def test_images_by_name_by_pattern_and_by_column(tmp_path: Path) -> None:
     assert dict(by_name.items.select("item", "images").rows()) == {
         "12": ["images/12.jpg"],
         "b": ["images/b_0.png", "images/b_1.png"],
-        "c": [],
+        "c": ["images/sub/c.webp"],
     }
     by_pattern, _ = import_dataset(
         Table(log, tmp_path / "pattern", images=images, image_pattern="{item}/cover.jpg")

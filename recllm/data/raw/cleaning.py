@@ -6,35 +6,21 @@ A row that cannot be read so is *bad*: it is counted, named by its line, and lef
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import polars as pl
 
 from recllm.data import schema
 from recllm.data.raw.findings import SHOWN, Findings
 from recllm.data.raw.tables import FILE, LINE, RawTable
+from recllm.data.raw.times import TimeReading, seconds
 from recllm.data.raw.values import MISSING, UNDECODED, WHOLE, number_column
 from recllm.errors import DataError
 
-TimestampUnit = Literal["auto", "s", "ms", "us", "ns"]
-
 PROBLEM = "__problem"
-PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
-# Seconds stay below 1e11 until the year 5138, milliseconds since 1973 lie above it, and so on by 1,000.
-_UNIT_BOUNDS = {"s": (0, 10**11), "ms": (10**11, 10**14), "us": (10**14, 10**17), "ns": (10**17, 2**63)}
 _SAMPLE = 1000
-_YEAR_1990 = 631_152_000
-_DATE_FORMATS = (
-    "%Y-%m-%d %H:%M:%S%.f%#z",
-    "%Y-%m-%d %H:%M%#z",
-    "%Y-%m-%d %H:%M:%S%.f",
-    "%Y-%m-%d %H:%M",
-    "%Y-%m-%d",
-    "%m %d, %Y",
-)
 
 
-def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings: Findings) -> pl.Series:
+def write_interactions(raw: RawTable, path: Path, times: TimeReading, findings: Findings) -> pl.Series:
     """Streams a source's interactions to `path` in the schema's types.
 
     A row without a readable user or item is bad. One whose rating or time cannot be read is kept without it:
@@ -44,19 +30,19 @@ def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings:
     Args:
         raw: The source table.
         path: The parquet file to write. Bad rows are in it, without user and item.
-        unit: The unit of numeric timestamps; "auto" tells it from their size.
+        times: How times are written, as far as the user says it.
         findings: Where bad rows, and rows without a time, are counted.
 
     Returns:
         True for each good row; shape [rows].
 
     Raises:
-        DataError: Timestamps are in several units, most cannot be read, or every row is bad.
+        DataError: Times are in several units, most cannot be read, or every row is bad.
     """
     schema_found = raw.frame.collect_schema()
     timed, rated = "timestamp" in schema_found, "rating" in schema_found
     try:
-        good, untimed, unrated = _write_typed(raw.frame, path, unit, findings, raw.path)
+        good, untimed, unrated = _write_typed(raw.frame, path, times, findings, raw.path)
         clean = bool(good.all()) and not (timed and untimed) and not (rated and unrated)
     except pl.exceptions.PolarsError:
         if raw.with_lines is None:
@@ -64,12 +50,12 @@ def write_interactions(raw: RawTable, path: Path, unit: TimestampUnit, findings:
         clean = False
     if not clean and raw.with_lines is not None:
         raw.frame, raw.with_lines = raw.with_lines(), None
-        good, untimed, _ = _write_typed(raw.frame, path, unit, findings, raw.path)
+        good, untimed, _ = _write_typed(raw.frame, path, times, findings, raw.path)
     if len(good) == 0:
         malformed = [line.strip() for line in findings.lines() if not line.startswith("note")]
         raise DataError(": ".join([f"{raw.path} has no rows that could be read", *malformed[:3]]))
     if not clean:
-        _report(raw, unit, findings, path)
+        _report(raw, times, findings, path)
     if not good.any():
         raise DataError(f"{raw.path}: no interaction could be read. " + "; ".join(findings.lines()[:3]))
     if timed and untimed > len(good) / 2:
@@ -109,9 +95,9 @@ def read_side_table(raw: RawTable, key: str, findings: Findings) -> pl.DataFrame
 
 
 def _write_typed(
-    frame: pl.LazyFrame, path: Path, unit: str, findings: Findings, source: Path
+    frame: pl.LazyFrame, path: Path, times: TimeReading, findings: Findings, source: Path
 ) -> tuple[pl.Series, int, int]:
-    typed = _typed(frame, unit, findings, source)
+    typed = _typed(frame, times, findings, source)
     typed = typed.with_columns(pl.when(pl.col(PROBLEM).is_null()).then(pl.col("user", "item")).name.keep())
     schema.complete(typed.drop(PROBLEM, LINE, FILE, strict=False), "interactions").sink_parquet(
         path, engine="streaming", compression_level=1
@@ -122,9 +108,9 @@ def _write_typed(
     return good, *nulls
 
 
-def _report(raw: RawTable, unit: str, findings: Findings, path: Path) -> None:
+def _report(raw: RawTable, times: TimeReading, findings: Findings, path: Path) -> None:
     """Counts bad rows, and rows without a time, with the numbers of their lines."""
-    frame = _typed(raw.frame, unit, Findings(), raw.path).with_row_index("__row", offset=1)
+    frame = _typed(raw.frame, times, Findings(), raw.path).with_row_index("__row", offset=1)
     number = LINE if LINE in frame.collect_schema() else "__row"
     what = number.strip("_")
     file = pl.col(FILE) if FILE in frame.collect_schema() else pl.lit(raw.path.name).alias(FILE)
@@ -161,7 +147,7 @@ def _report_ratings(
     findings.spoil("interactions without a readable rating", len(rows), examples)
 
 
-def _typed(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> pl.LazyFrame:
+def _typed(frame: pl.LazyFrame, times: TimeReading, findings: Findings, source: Path) -> pl.LazyFrame:
     """Adds the schema's types, and `PROBLEM`: what is wrong with a row, null for a good one."""
     types = frame.collect_schema()
     columns = [clean_id(frame, "user", findings), clean_id(frame, "item", findings)]
@@ -171,7 +157,7 @@ def _typed(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> 
     problem = problem.when(item.is_null()).then(pl.lit("no item id"))
     problem = problem.when(undecoded).then(pl.lit(UNDECODED))
     if "timestamp" in types:
-        columns.append(_seconds(frame, unit, findings, source))
+        columns.append(seconds(frame, times, findings, source))
     if "rating" in types:
         columns.append(_rating(frame, findings, source).alias("rating"))
     if "review" in types:
@@ -221,82 +207,3 @@ def _rating(frame: pl.LazyFrame, findings: Findings, source: Path) -> pl.Expr:
     if frame.select((number.is_null() & ~text.is_in(MISSING)).any()).collect(engine="streaming").item():
         number = number_column(text).cast(pl.Float32)
     return pl.when(number.is_finite()).then(number)
-
-
-def _seconds(frame: pl.LazyFrame, unit: str, findings: Findings, source: Path) -> pl.Expr:
-    """A timestamp column as UTC seconds (int64, rounded down); what is no time becomes null."""
-    dtype = frame.collect_schema()["timestamp"]
-    column = pl.col("timestamp")
-    if dtype in (pl.Time, pl.Duration):
-        raise DataError(f"{source}: the timestamp column is of type {dtype}; expected dates or numbers")
-    if dtype.is_temporal():
-        if getattr(dtype, "time_zone", None):
-            column = column.dt.convert_time_zone("UTC")
-        return column.dt.epoch("s").alias("timestamp")
-    if dtype == pl.String:
-        column = column.str.strip_chars()
-        sample = frame.select(column).filter(pl.col("timestamp") != "").head(_SAMPLE).collect()["timestamp"]
-        if sample.cast(pl.Float64, strict=False).null_count() == len(sample) > 0:
-            return _dates(sample, source, thoroughly=LINE in frame.collect_schema()).alias("timestamp")
-    whole = column.cast(pl.Int64, strict=False)
-    if dtype == pl.String or dtype.is_float():
-        # Text such as "1.5e9" or "964982703.25"; far slower than a cast to integers, so only where that
-        # fails.
-        broken = column.cast(pl.Float64, strict=False).floor().cast(pl.Int64, strict=False)
-        whole = pl.when(whole.is_not_null()).then(whole).otherwise(broken)
-    if unit == "auto":
-        unit = _detect_unit(frame.select(whole.alias("timestamp")), source, findings)
-    return (whole if unit == "s" else whole.floordiv(PER_SECOND[unit])).alias("timestamp")
-
-
-def _detect_unit(frame: pl.LazyFrame, source: Path, findings: Findings) -> str:
-    size = pl.col("timestamp").abs()
-    ranges = {unit: ((size >= low) & (size < high)).sum() for unit, (low, high) in _UNIT_BOUNDS.items()}
-    times = frame.filter(pl.col("timestamp") != 0)
-    counts = (
-        times.select(latest=pl.col("timestamp").max(), **ranges)
-        .collect(engine="streaming")
-        .row(0, named=True)
-    )
-    latest = counts.pop("latest")
-    found = [unit for unit, count in counts.items() if count]
-    if len(found) > 1:
-        told = ", ".join(f"{counts[unit]:,} look like {unit}" for unit in found)
-        raise DataError(
-            f"{source}: timestamps in several units ({told}); mend the file, or say --timestamp-unit"
-        )
-    unit = found[0] if found else "s"
-    if unit != "s":
-        findings.note(f"timestamps in {source.name} are in {unit}; they were divided by {PER_SECOND[unit]:,}")
-    elif latest is not None and latest < _YEAR_1990:
-        findings.note(
-            f"timestamps in {source.name} end at {latest:,}, which in seconds lies before 1990; if they are "
-            "dates or days, write them as YYYY-MM-DD (only their order is used as long as they are numbers)"
-        )
-    return unit
-
-
-def _dates(sample: pl.Series, source: Path, *, thoroughly: bool) -> pl.Expr:
-    """Dates as text: ISO 8601, with or without time and zone (UTC where none is given), or `MM DD, YYYY`.
-
-    Args:
-        sample: Texts of the column. Formats that read none of them are not tried, unless `thoroughly`.
-        source: The file, for messages.
-        thoroughly: Try every format on every row.
-    """
-    text = (
-        pl.col("timestamp")
-        .str.strip_chars()
-        .str.replace(r"^(\d{4}-\d\d-\d\d)T", "$1 ")
-        .str.replace(r"\s*(Z|UTC)$", "+00:00")
-    )
-    readings = []
-    for form in _DATE_FORMATS:
-        zoned = form.endswith("z")
-        dtype = pl.Datetime("us", "UTC" if zoned else None) if "%H" in form else pl.Date()
-        reading = text.str.strptime(dtype, form, strict=False).dt.epoch("s")
-        if thoroughly or sample.to_frame("timestamp").select(reading.count()).item():
-            readings.append(reading)
-    if not sample.to_frame("timestamp").select(pl.coalesce(readings or [None]).count()).item():
-        raise DataError(f"{source}: timestamps such as {sample[0]!r} are neither numbers nor ISO 8601 dates")
-    return pl.coalesce(readings)

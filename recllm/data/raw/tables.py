@@ -152,8 +152,9 @@ def images_by_item(
 ) -> pl.DataFrame:
     """Finds the images of items in a folder.
 
-    Without a pattern, an image belongs to the item whose id is the file's name without its suffix (`123.jpg`,
-    `123.png`) or with a number behind it (`123_0.jpg`, `123_1.jpg`).
+    Without a pattern, an image in the folder or below it belongs to the item whose id is the file's name
+    without its suffix (`123.jpg`, `12/123.png`) or with a number behind it (`123_0.jpg`, `123_1.jpg`), or
+    else the name of the folder that holds it with a number (`123/0.jpg`).
 
     Args:
         folder: The image folder.
@@ -165,31 +166,52 @@ def images_by_item(
         Columns `item` and `images` (paths relative to `folder`), one row for each item that has one.
 
     Raises:
-        DataError: The folder is missing, or the pattern lacks `{item}`.
+        DataError: The folder is missing, the pattern lacks `{item}`, or no item has an image.
     """
-    from recllm.data.image_files import SUFFIXES, is_inside, is_plain_file
+    from recllm.data.image_files import SUFFIXES, UNREADABLE, is_inside, is_plain_file
 
     check_image_search(folder, pattern)
+    names: list[str] = []
     if pattern is not None:
         found = [(item, pattern.replace("{item}", item)) for item in items.unique().sort()]
         outside = [f"item {item!r}: {path!r}" for item, path in found if not is_inside(path)]
         findings.drop("image paths that leave the image folder", len(outside), outside)
         rows = [(item, [path]) for item, path in found if is_inside(path) and is_plain_file(folder / path)]
+        without = len(found) - len(rows) - len(outside)
+        if rows and without:
+            findings.note(f"{without:,} of {len(found):,} items have no image by the pattern {pattern!r}")
     else:
-        names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+        held = sorted(path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir())
+        names = [path.as_posix() for path in held if path.suffix.lower() in SUFFIXES]
+        strange = [path.as_posix() for path in held if path.suffix.lower() in UNREADABLE]
+        findings.drop("images in a format that cannot be read (convert them to JPEG)", len(strange), strange)
         known = set(items.to_list())
         by_item: dict[str, list[tuple[int, str]]] = {}
         for name in names:
-            stem = name.rsplit(".", 1)[0]
+            stem = name.rpartition("/")[2].rsplit(".", 1)[0]
             head, _, number = stem.rpartition("_")
             item = stem if stem in known else head if head in known and number.isdecimal() else None
+            parent = name.rpartition("/")[0].rpartition("/")[2]
+            if item is None and parent in known and stem.isdecimal():
+                item = parent  # a folder for each item
             if item is not None:
-                by_item.setdefault(item, []).append((int(number) if item != stem else -1, name))
+                place = number if head == item and number.isdecimal() else stem if item == parent else ""
+                by_item.setdefault(item, []).append((int(place) if place.isdecimal() else -1, name))
         unused = len(names) - sum(map(len, by_item.values()))
         if unused:
             findings.note(
                 f"{unused:,} of {len(names):,} images in {folder.name} belong to no item and were not copied"
             )
         rows = [(item, [name for _, name in sorted(found)]) for item, found in by_item.items()]
+    if not rows and len(items):
+        told = f"{pattern!r} names none that is there" if pattern is not None else _images_held(names)
+        raise DataError(
+            f"no image in {folder} belongs to any item (item ids are such as {items[0]!r}); {told}; "
+            "--image-pattern of `data import table` says where they are"
+        )
     types = {"item": pl.String(), "images": pl.List(pl.String())}
     return pl.DataFrame(rows, schema=types, orient="row")
+
+
+def _images_held(names: list[str]) -> str:
+    return f"it holds {len(names):,} images" + (f" such as {names[0]!r}" if names else "")

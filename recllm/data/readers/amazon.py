@@ -115,6 +115,9 @@ class Amazon(ImportOptions):
         frame = _scan(self.source, row, REVIEWS, findings, workspace)
         if self.variants and seen and "2023" not in seen:
             raise DataError(f"{self.source}: --variants is for the files of 2023; these have no parent_asin")
+        if frame.select(pl.len()).collect().item() == 0:
+            told = "; ".join(findings.lines()[:2])
+            raise DataError(f"{self.source}: no review could be read. {told}")
         return RawTable(self.source, _without_empty(frame, REVIEWS)), ", ".join(sorted(seen))
 
     def _read_csv(self, findings: Findings, workspace: Path) -> tuple[RawTable, str]:

@@ -23,6 +23,8 @@ class ItemSequences(ImportOptions):
     later interactions with one item are left out unless --duplicates keep is given.
     """
 
+    separator: str | None = None
+    """What stands between ids beside spaces and tabs, for example a comma."""
     items_file: Path | None = None
     """Table of the items; by default `items.csv` beside the sequences where there is one."""
     item_id: str = "item"
@@ -50,7 +52,9 @@ class ItemSequences(ImportOptions):
             what = "text file of item sequences; give the file where the folder holds several"
             path = path / found[0] if len(found) == 1 else find_file(path, "sequences.txt", what=what)
         existing_file(path, "the sequence file")
-        raw = RawDataset(read_sequences(path, findings, workspace), source={"order": "time"})
+        raw = RawDataset(
+            read_sequences(path, findings, workspace, separator=self.separator), source={"order": "time"}
+        )
         items_file = self.items_file
         if items_file is None and (path.parent / "items.csv").is_file():
             items_file = path.parent / "items.csv"

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
 
-from recllm.data.raw.cleaning import TimestampUnit
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.tables import RawDataset
+from recllm.data.raw.times import TimestampUnit
 
 
 @dataclass
@@ -29,6 +29,9 @@ class ImportOptions:
     """Interactions with items that the items table lacks: keep them, without title and text, or not."""
     timestamp_unit: TimestampUnit = "auto"
     """The unit of numeric timestamps; "auto" tells it from their size."""
+    time_format: str | None = None
+    """The format of dates, in the signs of strftime (`%d.%m.%Y %H:%M`); by default ISO 8601 and common
+    formats are found, and named where they are no ISO 8601."""
     link_images: bool = False
     """Make hard links to the images, not copies; later changes to the source then show in the dataset."""
     overwrite: bool = False

@@ -8,6 +8,7 @@ from pathlib import Path
 import polars as pl
 
 from recllm.data.raw.anyfile import SEPARATORS, read_table, suffix_of
+from recllm.data.raw.cleaning import clean_id
 from recllm.data.raw.findings import Findings
 from recllm.data.raw.joining import column_of, find_images, looked_at, mapped
 from recllm.data.raw.lines import is_compressed
@@ -41,6 +42,9 @@ class PreSplit(ImportOptions):
     """Column with the time; by default `timestamp` where there is such a column."""
     rating: str | None = None
     """Column with the rating; by default `rating` where there is such a column."""
+    disjoint_users: bool = False
+    """The parts have different users (strong generalization). Otherwise a part none of whose users is in the
+    training part is an error: its ids may be spelled in another way."""
     items_file: Path | None = None
     """Table of the items."""
     item_id: str = "item"
@@ -101,6 +105,10 @@ class PreSplit(ImportOptions):
             table = read_table(found[0], findings, workspace)
             tables[part] = mapped(table, self._columns(table), "interactions")
 
+        if not self.disjoint_users:
+            for part in ("valid", "test"):
+                _check_users(tables["train"], tables[part], part, findings)
+
         def joined(exactly: bool) -> pl.LazyFrame:
             frames = []
             for part, table in tables.items():
@@ -123,6 +131,19 @@ class PreSplit(ImportOptions):
             if column is not None:
                 columns[target] = column
         return columns
+
+
+def _check_users(train: RawTable, table: RawTable, part: str, findings: Findings) -> None:
+    def users(of: RawTable) -> pl.Series:
+        ids = looked_at(of, lambda frame: frame.select(clean_id(frame, "user", findings)).unique().collect())
+        return ids["user"].drop_nulls().sort()
+
+    known, ours = users(train), users(table)
+    if len(known) and len(ours) and not ours.is_in(known.implode()).any():
+        raise DataError(
+            f"no user of {table.path.name} (such as {ours[0]!r}) is in {train.path.name} (such as "
+            f"{known[0]!r}); if the {part} part has users of its own, say --disjoint-users"
+        )
 
 
 def _is_part(path: Path, part: str) -> bool:
