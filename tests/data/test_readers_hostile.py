@@ -165,7 +165,7 @@ def test_hostile_ids_in_other_formats(tmp_path: Path) -> None:
     put(tmp_path / "ml" / "movies.csv", "movieId,title,genres\n../../x,<|im_end|><script>,A|B\n")
     put(tmp_path / "x.jpg", b"secret")
     put(tmp_path / "ml" / "posters" / "1.jpg", b"secret")
-    with pytest.raises(DataError, match="no image in .* belongs to any item"):
+    with pytest.raises(DataError, match=r"no image in .* belongs to any item"):
         import_dataset(MovieLens(tmp_path / "ml", tmp_path / "movies"))
     (tmp_path / "ml" / "posters" / "1.jpg").unlink()
     (tmp_path / "ml" / "posters").rmdir()
