@@ -56,6 +56,9 @@ def deprived(name: str, modality: str) -> Ranker:
                 parameter.zero_()
         if name == "mmsr":  # its graphs have nodes of the modality
             model.get_submodule(modality).codes.zero_()
+        if model.modalities and hasattr(model, "known"):  # profiles are of items with content
+            (other,) = (each for each in model.modalities if each != modality)
+            model.known = model.get_submodule(other).features.present[:, 0] > 0
     return model
 
 

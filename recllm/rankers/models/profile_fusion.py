@@ -108,7 +108,7 @@ class ProfileFusion(SequenceRanker):
     def forward(self, batch: Batch, *, without: Without = ()) -> Tensor:
         """Returns the profile after each item, over the temperature; shape [B, T, d]."""
         numbers, place = batch.items.unique(return_inverse=True)
-        return self._profiles(self._encode(numbers, without)[place], batch, self.config.recent)
+        return self._profiles(self._encode(numbers, without)[place], batch, self.config.recent, without)
 
     def loss(self, batch: Batch, criterion: Criterion, *, without: Without = ()) -> Tensor:
         """Compares profiles with the items that follow. Only the items of the batch are encoded, except for
@@ -120,9 +120,10 @@ class ProfileFusion(SequenceRanker):
         numbers = numbers.unique()  # in order: the place of a number is found by bisection
         vectors = self._encode(numbers, without)
         recent = 1 if self.config.anchor == "item" else self.config.recent
-        states = self._profiles(vectors[torch.searchsorted(numbers, batch.items)], batch, recent)
+        states = self._profiles(vectors[torch.searchsorted(numbers, batch.items)], batch, recent, without)
         states, targets, negatives = batch.at_targets(states)
-        taught = self.known[targets + 1] & states.detach().any(1)  # a profile, and an item with content
+        known = self._known(without)
+        taught = known[targets + 1] & states.detach().any(1)  # a profile, and an item with content
         if not taught.any():
             return vectors.sum() * 0.0
         compared = vectors
@@ -134,18 +135,25 @@ class ProfileFusion(SequenceRanker):
         mean = criterion(states[taught], compared, places[taught], negatives)
         return mean * (taught.sum() / len(taught))  # a mean over all targets, also where processes share them
 
+    def _known(self, without: Without) -> Tensor:
+        """Returns which item numbers have content beside what is left out; bool, shape [I + 1]."""
+        if not without:
+            return self.known
+        left = [self.get_submodule(name).features.present for name in self.modalities if name not in without]
+        return torch.cat(left, 1).any(1) if left else torch.zeros_like(self.known)
+
     def _encode(self, numbers: Tensor, without: Without) -> Tensor:
         """Returns the fused vectors of item numbers at unit length; [N] to [N, d]."""
         projected = [
             self.get_submodule(modality)(numbers, zeroed=modality in without) for modality in self.modalities
         ]
         fused = self.output(self.fusion(*projected))
-        return F.normalize(fused, dim=-1) * self.known[numbers][:, None]
+        return F.normalize(fused, dim=-1) * self._known(without)[numbers][:, None]
 
-    def _profiles(self, vectors: Tensor, batch: Batch, recent: int) -> Tensor:
+    def _profiles(self, vectors: Tensor, batch: Batch, recent: int, without: Without) -> Tensor:
         """Returns the mean of the latest `recent` vectors of items with content, at unit length over the
         temperature: [B, T, d] to [B, T, d]."""
-        known = self.known[batch.items]
+        known = self._known(without)[batch.items]
         count = known.cumsum(1)
         age = count[:, :, None] - count[:, None, :]  # of item j after item t; negative for later ones
         chosen = (age >= 0) & (age < recent) & known[:, None, :]
