@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from recllm.precision import cpu_has_bfloat16
+
 CHUNK = 64
 """Columns that share a maximum."""
 _LEAST_CHUNKS = 16  # for each neighbor: with fewer chunks, a plain top-k is as fast
@@ -25,11 +27,8 @@ _COLUMNS = 8192  # of a product at a time: the result stays in the processor's c
 
 def can_screen(vectors: Tensor, k: int) -> bool:
     """Returns whether screening pays: a CPU that multiplies bfloat16, and many more items than neighbors."""
-    fast = (
-        getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-        or getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-    )
-    return vectors.device.type == "cpu" and fast and len(vectors) >= CHUNK * _LEAST_CHUNKS * k
+    many = len(vectors) >= CHUNK * _LEAST_CHUNKS * k
+    return vectors.device.type == "cpu" and many and cpu_has_bfloat16()
 
 
 class Screen:
