@@ -144,11 +144,29 @@ def _take_config_flag(argv: list[str], *, first: bool = True) -> Path | None:
     return None
 
 
+def _loader() -> Any:
+    """Returns a safe loader for which yes, no, on and off are words, as in YAML 1.2, and no booleans."""
+    import re
+
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    booleans = re.compile("^(?:true|True|TRUE|false|False|FALSE)$")
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:bool"]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:bool", booleans, list("tTfF"))
+    return Loader
+
+
 def _load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _loader())
     except FileNotFoundError:
         raise DataError(f"--config {path}: no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

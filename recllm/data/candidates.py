@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -153,14 +153,16 @@ def make_candidates(split: Split, options: CandidateOptions) -> Path:
     folder = split.folder / "candidates" / options.name
     refuse = partial(refuse_derived, own=("valid.parquet", "test.parquet", MANIFEST), discardable=False)
     with staged_folder(folder, overwrite=options.overwrite, refuse=refuse) as staging:
+        left_out: dict[str, Any] = {}
         for part in ("valid", "test"):
-            lists = _draw_part(split, part, sampler, options)
+            lists, left_out[part] = _draw_part(split, part, sampler, options)
             metadata = candidate_metadata(lists, split, _of_part(protocol, part))
             lists.write_parquet(staging / f"{part}.parquet", metadata=metadata)
         manifest = {
             "protocol": protocol,
             "data_hash": dataset.data_hash,
             "split_hash": split.split_hash,
+            "left_out": left_out,
             "files": {
                 f"{part}.parquet": describe_file(staging / f"{part}.parquet") for part in ("valid", "test")
             },
@@ -196,6 +198,13 @@ class NegativeSampler:
         self._n_items = n_items
         self._weights = np.ones(n_items) if popularity is None else np.asarray(popularity, dtype=float)
         self._cumulative = None if popularity is None else np.cumsum(self._weights)
+
+    def left(self, users: np.ndarray) -> np.ndarray:
+        """Counts the items that can be drawn for each of `users`, int64 [users]."""
+        owner, item = np.divmod(self._pairs, self._n_items)
+        able = self._weights > 0
+        touched = np.bincount(owner[able[item]], minlength=len(self._offsets) - 1)
+        return int(able.sum()) - touched[users]
 
     def draw(self, users: np.ndarray, streams: np.ndarray, count: int) -> np.ndarray:
         """Draws `count` distinct items for each of `users`, in the order of their streams.
@@ -261,7 +270,8 @@ class NegativeSampler:
 
 def _draw_part(
     split: Split, part: HeldOut, sampler: NegativeSampler, options: CandidateOptions
-) -> pl.DataFrame:
+) -> tuple[pl.DataFrame, dict[str, Any]]:
+    """Returns the lists of a part, and what is left out: users who have too few items left."""
     dataset, count = split.dataset, options.negatives
     rows = split.rows(part, targets=True)
     # One list for a target, also where the log repeats the pair (`--duplicates keep`); in the order of the
@@ -271,23 +281,30 @@ def _draw_part(
     users, targets = dataset.user_codes[rows], dataset.item_codes[rows]
     user_ids, target_ids = dataset.users["user"].gather(users), dataset.items["item"].gather(targets)
     streams = np.fromiter(_streams(options.seed, user_ids, target_ids), dtype=np.uint64, count=len(rows))
-    try:
-        negatives = sampler.draw(users, streams, count)
-    except LookupError as error:
-        place, left = error.args
+    enough = sampler.left(users) >= count
+    left_out = {
+        "lists": int((~enough).sum()),
+        "users": user_ids.filter(~enough).unique().sort().to_list()[:5],
+    }
+    if len(rows) and not enough.any():
+        place = int(sampler.left(users).argmax())
         raise DataError(
-            f"user {user_ids[place]!r} has touched so many items that only {left} are left to draw {count} "
-            f"negatives from ({options.sampling} sampling); use fewer --negatives, or full ranking"
-        ) from None
+            f"each user of the {part} part has touched so many items that fewer than {count} are left to "
+            f"draw negatives from ({options.sampling} sampling; user {user_ids[place]!r} has the most, "
+            f"{sampler.left(users[place : place + 1])[0]}); use fewer --negatives, or full ranking"
+        )
+    users, targets, streams = users[enough], targets[enough], streams[enough]
+    user_ids, target_ids = user_ids.filter(enough), target_ids.filter(enough)
+    negatives = sampler.draw(users, streams, count)
     items = np.concatenate([targets[:, None], negatives], axis=1)
     # The target goes to a random place: a system that breaks ties by the order of rows gains nothing from it.
     place = (_mix(streams) % np.uint64(count + 1)).astype(np.int64)
-    lists = np.arange(len(rows))
+    lists = np.arange(len(users))
     items[lists, 0], items[lists, place] = items[lists, place], targets
     repeats = np.repeat(lists, count + 1)
     label = np.zeros(items.shape, dtype=np.int8)
     label[lists, place] = 1
-    return pl.DataFrame(
+    drawn = pl.DataFrame(
         {
             "user": user_ids.gather(repeats),
             "target": target_ids.gather(repeats),
@@ -295,6 +312,7 @@ def _draw_part(
             "label": label.ravel(),
         }
     )
+    return drawn, left_out
 
 
 def _streams(seed: int, users: pl.Series, targets: pl.Series) -> Iterator[int]:

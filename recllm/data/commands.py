@@ -29,6 +29,8 @@ from recllm.data.readers import (
 from recllm.data.split_facts import said
 from recllm.data.splits import Split, SplitOptions, make_split
 from recllm.data.toyworld import ToyworldConfig, write_toyworld
+from recllm.files import MANIFEST, read_json
+from recllm.printing import printable
 
 __all__ = [
     "Amazon",
@@ -85,12 +87,32 @@ def inspect(options: InspectOptions) -> None:
     _print_counts(dataset)
     for kind in ("left_out", "kept"):
         for reason, entry in dataset.manifest["dropped"].get(kind, {}).items():
-            print(f"{kind.replace('_', ' ')}: {entry['rows']:,} {reason}")
+            print(printable(f"{kind.replace('_', ' ')}: {entry['rows']:,} {reason}"))
     tables = {"items": dataset.items, "interactions": dataset.scan_interactions(), "users": dataset.users}
     with pl.Config(tbl_cols=-1, fmt_str_lengths=40, tbl_hide_dataframe_shape=True):
         for name, table in tables.items():
             print(f"\n{name}.parquet")
-            print(table.lazy().head(options.rows).collect())
+            print(_shown(table.lazy().head(options.rows).collect()))
+
+
+def _shown(table: pl.DataFrame) -> pl.DataFrame:
+    """Returns a table's rows with their texts escaped, for a terminal."""
+    texts = [name for name, dtype in table.schema.items() if dtype in (pl.String, pl.List(pl.String))]
+    columns = {
+        name: [
+            None if value is None else printable(value) if isinstance(value, str) else [*map(_entry, value)]
+            for value in table[name].to_list()
+        ]
+        for name in texts
+    }
+    shown = table.with_columns(
+        pl.Series(name, values, table.schema[name]) for name, values in columns.items()
+    )
+    return shown.rename({name: printable(name) for name in table.columns})
+
+
+def _entry(value: str | None) -> str | None:
+    return None if value is None else printable(value)
 
 
 def filter_(options: FilterOptions) -> None:
@@ -124,6 +146,7 @@ def candidates(options: CandidateOptions) -> None:
     """Draws candidates for a split."""
     opened = Split.open(options.split)
     folder = make_candidates(opened, options)
+    left_out = read_json(folder / MANIFEST, "the candidates' manifest")["left_out"]
     for part in ("valid", "test"):
         rows = pl.scan_parquet(folder / f"{part}.parquet", glob=False).select(pl.len()).collect().item()
         lists = rows // (options.negatives + 1)
@@ -131,6 +154,12 @@ def candidates(options: CandidateOptions) -> None:
             f"{folder / part}.parquet: {lists:,} lists of 1+{options.negatives}, "
             f"protocol {opened.protocol}/{options.name}"
         )
+        if left_out[part]["lists"]:
+            users = ", ".join(map(repr, left_out[part]["users"]))
+            print(
+                f"  left out: {left_out[part]['lists']:,} lists of users with fewer than {options.negatives} "
+                f"items that they have not touched ({users})"
+            )
 
 
 def _print_counts(dataset: Dataset) -> None:

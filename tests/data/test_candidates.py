@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -148,16 +149,19 @@ def test_fingerprints_tell_lists_apart(small_dataset):
     assert full_ranking(split, "test").candidates == full_ranking(Split.open(split.folder), "test").candidates
 
 
-def test_too_few_items_left_names_the_user(tmp_path):
+def test_users_with_too_few_items_left_are_left_out_and_named(tmp_path):
     log = pl.DataFrame({"user": ["u"] * 4 + ["greedy"] * 9, "item": [*"abcd", *"abcdefghi"]})
     items, users = log.select("item").unique().sort("item"), log.select("user").unique().sort("user")
     catalog = pl.concat([items, pl.DataFrame({"item": ["j", "k"]})])
     dataset = write_dataset(tmp_path / "d", items=catalog, interactions=log, users=users, source={})
-    with pytest.raises(
-        DataError, match="user 'greedy' has touched so many items that only 2 are left to draw 3"
-    ):
-        draw(loo(dataset), negatives=3)
-    assert not (dataset.folder / "splits" / "loo" / "candidates" / "1+3-uniform-seed42").exists()
+    split = loo(dataset)
+    folder = make_candidates(split, CandidateOptions(split.folder, negatives=3))
+    lists = pl.read_parquet(folder / "test.parquet")
+    assert lists["user"].unique().to_list() == ["u"] and len(lists) == 4
+    left_out = json.loads((folder / "manifest.json").read_text())["left_out"]
+    assert left_out["test"] == {"lists": 1, "users": ["greedy"]}
+    with pytest.raises(DataError, match=r"fewer than 8 are left to draw negatives.*user 'u' has the most, 7"):
+        make_candidates(split, CandidateOptions(split.folder, negatives=8))
 
 
 @pytest.mark.parametrize("method", ["loo", "ratio", "users", "temporal"])

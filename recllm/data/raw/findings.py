@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from recllm.errors import DataError
+from recllm.printing import printable
 
 SHOWN = 5
 
@@ -79,7 +80,7 @@ class Findings:
                 printed += [f"    {example}" for example in self.examples[reason]]
                 if rows > len(self.examples[reason]) > 0:
                     printed.append(f"    ... and {rows - len(self.examples[reason]):,} more")
-        return printed
+        return [printable(line) for line in printed]
 
     def _count(
         self, counts: dict[str, int], reason: str, count: int, examples: Iterable[str], strict: bool
