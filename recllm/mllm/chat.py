@@ -114,8 +114,8 @@ class Result:
         completion_tokens: Tokens of the answer, the one that ends it included.
         finish: `stop` (the model ended its turn), `length` (cut at `max_new_tokens`) or `error`.
         error: Why there is no answer: `image: ...` where an image cannot be read, `server: ...` where the
-            server refused for good, `budget: ...` where the prompt is longer than the model's context; else
-            None.
+            server refused for good, `budget: ...` where the prompt is longer than the model's context,
+            `empty: ...` where the model wrote nothing, or only reasoning; else None.
     """
 
     key: bytes

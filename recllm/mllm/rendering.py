@@ -12,6 +12,7 @@ import numpy as np
 
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
+from recllm.mllm.generation.reasoning import opens_reasoning
 from recllm.mllm.plain_templates import is_plain, with_texts, words_of
 from recllm.mllm.processor import fill, join, prepare, token_kinds
 from recllm.mllm.tokens import part_tokenizer
@@ -214,10 +215,31 @@ def _rendered(loaded: LoadedModel, messages: Sequence[Message], name: str, opene
 
     try:
         return loaded.processor.apply_chat_template(
-            list(messages), add_generation_prompt=opened, tokenize=False
+            list(messages), add_generation_prompt=opened, tokenize=False, **_without_thinking(loaded)
         )
     except (TemplateError, TypeError) as error:
         raise DataError(f"request {name!r}: the model's chat template refuses the chat: {error}") from None
+
+
+def _without_thinking(loaded: LoadedModel) -> dict[str, bool]:
+    """Returns the chat template's switches of reasoning (enable_thinking of Qwen3 and GLM, thinking), off."""
+    template = loaded.processor.chat_template
+    names = ("enable_thinking", "thinking") if isinstance(template, str) else ()
+    return {name: False for name in names if re.search(rf"(?<![\w.'\"]){name}\b(?![\w'\"])", template)}
+
+
+def refuse_open_reasoning(text: str, name: str) -> None:
+    """Checks that a rendered prompt does not end within a reasoning block, where an answer would not be one.
+
+    Raises:
+        DataError: It does.
+    """
+    if opens_reasoning(text):
+        raise DataError(
+            f"request {name!r}: the prompt ends in {text.strip()[-20:]!r}: the model's chat template opens a "
+            "reasoning block, and has no switch that is known (enable_thinking), so yes and no would be read "
+            "inside the reasoning; use the model's instruct version, or a template that closes the block"
+        )
 
 
 def _adds_special_tokens(loaded: LoadedModel, text: str) -> bool:

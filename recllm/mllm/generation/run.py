@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import numpy as np
 from recllm import processes
 from recllm.data.image_hashes import ImageHashes
 from recllm.mllm.chat import Backend, Decoding, Request, Result
+from recllm.mllm.generation.reasoning import answered
 from recllm.mllm.store import GenerationStore, StoreWriter, request_key
 from recllm.progress import Progress
 
@@ -145,7 +147,9 @@ def generate(
         run.answer(window)
     hashes.save()
     keys = _of_all_ranks(keys, ids)
-    generated, failed = processes.sum_over_ranks([run.generated, len(run.failed)])
+    generated, failed, reasoned = processes.sum_over_ranks([run.generated, len(run.failed), run.reasoned])
+    if reasoned and not silent:
+        print(f"note: {reasoned:,} answers began with reasoning, which was taken away", file=sys.stderr)
     store.refresh()
     unique = len(np.unique(np.frombuffer(keys, f"S{KEY_SIZE}")))
     counts = Counts(len(ids), unique, unique - generated - failed, generated, failed)
@@ -170,7 +174,7 @@ class _Run:
         self.image_hashes = image_hashes
         self.waiting: dict[bytes, Request] = {}
         self.failed: set[bytes] = set()
-        self.generated = 0
+        self.generated = self.reasoned = 0
 
     def take(self, chunk: list[Request]) -> bytes:
         """Puts this rank's new requests among the waiting ones.
@@ -225,6 +229,9 @@ class _Run:
             )
 
     def _keep(self, results: list[Result], request_ids: list[str]) -> None:
+        checked = [answered(result) for result in results]
+        results = [result for result, _ in checked]
+        self.reasoned += sum(found for _, found in checked)
         self.writer.append(results, request_ids)
         failed = [result.key for result in results if result.error is not None]
         self.failed.update(failed)

@@ -12,7 +12,7 @@ from recllm.data.prompt_files import FILE_ROW, image_paths
 from recllm.errors import DataError
 from recllm.mllm.chat import IMAGE_PART, Message, Request, text_part
 from recllm.mllm.prefix.groups import Prompt, contents_of
-from recllm.mllm.rendering import render_tokens
+from recllm.mllm.rendering import refuse_open_reasoning, render_tokens
 from recllm.mllm.vision.images import ImageError, image_size, map_in_threads, resolve_image
 from recllm.mllm.vision.slots import ImageSlots
 
@@ -136,6 +136,7 @@ class PromptReader:
         known = [self._image(path) for path in images]
         request = Request(content["id"], messages_of(content), tuple(self.paths[key] for key, _ in known))
         text, tokens = render_tokens(loaded, request)
+        refuse_open_reasoning(text, request.id)
         sizes = [self._sizes[path] for path in images]
         tokens = self._slots.tokens(text, tokens, sizes)
         if len(tokens) > loaded.max_positions:
