@@ -48,7 +48,7 @@ def test_what_is_no_number_is_refused(value: object) -> None:
 
 
 def test_ids_flags_and_lists() -> None:
-    assert [as_id(value) for value in (" 12.0 ", 12.0, 12, "12", "-3.00", "1.5", "v1.0")] == [
+    assert [as_id(value) for value in (" 12.0 ", 12.0, 12, "12", "-3.0", "1.5", "v1.0")] == [
         *["12"] * 4,
         *("-3", "1.5", "v1.0"),
     ]

@@ -42,7 +42,8 @@ def write_interactions(raw: RawTable, path: Path, times: TimeReading, findings: 
     schema_found = raw.frame.collect_schema()
     timed, rated = "timestamp" in schema_found, "rating" in schema_found
     try:
-        good, untimed, unrated = _write_typed(raw.frame, path, times, findings, raw.path)
+        quick = raw.with_lines is not None
+        good, untimed, unrated = _write_typed(raw.frame, path, times, findings, raw.path, quick)
         clean = bool(good.all()) and not (timed and untimed) and not (rated and unrated)
     except pl.exceptions.PolarsError:
         if raw.with_lines is None:
@@ -95,9 +96,9 @@ def read_side_table(raw: RawTable, key: str, findings: Findings) -> pl.DataFrame
 
 
 def _write_typed(
-    frame: pl.LazyFrame, path: Path, times: TimeReading, findings: Findings, source: Path
+    frame: pl.LazyFrame, path: Path, times: TimeReading, findings: Findings, source: Path, quick: bool = False
 ) -> tuple[pl.Series, int, int]:
-    typed = _typed(frame, times, findings, source)
+    typed = _typed(frame, times, findings, source, quick=quick)
     typed = typed.with_columns(pl.when(pl.col(PROBLEM).is_null()).then(pl.col("user", "item")).name.keep())
     schema.complete(typed.drop(PROBLEM, LINE, FILE, strict=False), "interactions").sink_parquet(
         path, engine="streaming", compression_level=1
@@ -147,8 +148,13 @@ def _report_ratings(
     findings.spoil("interactions without a readable rating", len(rows), examples)
 
 
-def _typed(frame: pl.LazyFrame, times: TimeReading, findings: Findings, source: Path) -> pl.LazyFrame:
-    """Adds the schema's types, and `PROBLEM`: what is wrong with a row, null for a good one."""
+def _typed(
+    frame: pl.LazyFrame, times: TimeReading, findings: Findings, source: Path, *, quick: bool = False
+) -> pl.LazyFrame:
+    """Adds the schema's types, and `PROBLEM`: what is wrong with a row, null for a good one.
+
+    `quick`: ratings are tried as plain numbers only; a null among them has the table read again.
+    """
     types = frame.collect_schema()
     columns = [clean_id(frame, "user", findings), clean_id(frame, "item", findings)]
     user, item = columns
@@ -159,7 +165,7 @@ def _typed(frame: pl.LazyFrame, times: TimeReading, findings: Findings, source: 
     if "timestamp" in types:
         columns.append(seconds(frame, times, findings, source))
     if "rating" in types:
-        columns.append(_rating(frame, findings, source).alias("rating"))
+        columns.append(_rating(frame, findings, source, quick).alias("rating"))
     if "review" in types:
         text = pl.col("review").cast(pl.String)
         columns.append(pl.when(text != "").then(text).alias("review"))
@@ -180,17 +186,18 @@ def clean_id(frame: pl.LazyFrame, name: str, findings: Findings) -> pl.Expr:
     if dtype != pl.String:
         return column.cast(pl.String).alias(name)
     text = column.str.strip_chars()
-    pointed = frame.filter(column.str.contains(".0", literal=True) & text.str.contains(WHOLE))
-    sample = pointed.select(text).head(1).collect(engine="streaming")[name]
-    if len(sample):
+    first = frame.select(text).head(_SAMPLE).filter(pl.col(name).str.contains(WHOLE)).head(1).collect()[name]
+    whole = text.str.strip_suffix(".0")
+    pointed = text.str.ends_with(".0") & whole.cast(pl.Int64, strict=False).is_not_null()
+    if len(first):
         findings.note(
-            f"{name} ids such as {sample[0]!r} are whole numbers written with '.0', which was removed"
+            f"{name} ids such as {first[0]!r} are whole numbers written with '.0', which was removed"
         )
-        text = text.str.replace(r"^(-?[0-9]+)\.0+$", "$1")
+    text = pl.when(pointed).then(whole).otherwise(text)
     return pl.when(~text.is_in(MISSING)).then(text).alias(name)
 
 
-def _rating(frame: pl.LazyFrame, findings: Findings, source: Path) -> pl.Expr:
+def _rating(frame: pl.LazyFrame, findings: Findings, source: Path, quick: bool) -> pl.Expr:
     """A rating as a finite number (float32); null where it is none. True and false are 1 and 0."""
     dtype = frame.collect_schema()["rating"]
     column = pl.col("rating")
@@ -204,6 +211,7 @@ def _rating(frame: pl.LazyFrame, findings: Findings, source: Path) -> pl.Expr:
         findings.note(f"ratings in {source.name} are true and false; they are 1 and 0 here")
         return words.replace_strict({"true": 1.0, "false": 0.0}, default=None, return_dtype=pl.Float32)
     number = text.cast(pl.Float32, strict=False)
-    if frame.select((number.is_null() & ~text.is_in(MISSING)).any()).collect(engine="streaming").item():
+    wrong = (number.is_null() & ~text.is_in(MISSING)).any()
+    if not quick and frame.select(wrong).collect(engine="streaming").item():
         number = number_column(text).cast(pl.Float32)
     return pl.when(number.is_finite()).then(number)

@@ -21,7 +21,7 @@ MISSING = (
     *("", "NA", "N/A", "n/a", "#N/A", "<NA>", "NaN", "nan", "NAN", "-nan", "NaT"),
     *("null", "NULL", "Null", "None", "none", "NONE", "\\N", "nil", "undefined"),
 )
-WHOLE = r"^-?[0-9]+\.0+$"
+WHOLE = r"^-?[0-9]+\.0$"
 _SCALES = {
     **dict.fromkeys(("k", "tsd", "tys", "тыс", "千", "mil"), 1e3),
     **dict.fromkeys(("m", "mio", "mln", "млн", "mi"), 1e6),
