@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recllm.data.importing import import_dataset
+from recllm.data.raw.values import MISSING
 from recllm.data.readers import ItemSequences, MovieLens
 from recllm.errors import DataError
 from tests.data.imports import PAIR, assert_refused, put, take
@@ -183,7 +184,18 @@ def test_an_unreadable_folder_as_source(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------- whatever a CSV writer writes
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd\ufeff"), max_size=12)
-ROWS = st.lists(st.tuples(TEXT, TEXT, TEXT), min_size=1, max_size=8)
+# Words for a missing value are no ids, 1.0 is the id 1, and a field that spans lines which all look like
+# records of their own is taken for a stray quote: other tests have these.
+PLAIN = TEXT.filter(
+    lambda text: (
+        text.strip() not in MISSING
+        and not text.strip().removesuffix("0").endswith(".")
+        and not ("\n" in text and text.count(",") > 2)
+    )
+)
+ROWS = st.lists(
+    st.tuples(PLAIN | st.just(""), PLAIN | st.just(""), PLAIN | st.just("")), min_size=1, max_size=8
+)
 NEWLINES = st.sampled_from(["\n", "\r\n"])
 
 

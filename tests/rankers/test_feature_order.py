@@ -127,7 +127,7 @@ def from_recbole(folder: Path) -> RecBole:
 
 def from_parts(folder: Path) -> PreSplit:
     for part in ("train", "valid", "test"):
-        lines = "".join(f"u,{item}\n" for item in SHUFFLED) if part == "train" else f"v,{SHUFFLED[0]}\n"
+        lines = "".join(f"u,{item}\n" for item in SHUFFLED) if part == "train" else f"u,{SHUFFLED[0]}\n"
         (folder / f"{part}.csv").write_text("user,item\n" + lines)
     (folder / "items.csv").write_text("item,title\n" + "".join(f"{item},t\n" for item in SHUFFLED))
     return PreSplit(folder, folder / "data", items_file=folder / "items.csv")

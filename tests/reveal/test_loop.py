@@ -259,7 +259,7 @@ def test_what_cannot_be_done_is_refused(shop, tmp_path):
     refused("expected name=value", training=("epochs",))
     refused("hm4sr has no option epoch; the nearest is epochs", training=("epoch=3",))
     refused("the loop sets seed itself", training=("seed=3",))
-    refused("without images REVEAL has nothing", avl="none", training=("without=image",))
+    refused("REVEAL has nothing to improve then", avl="none", training=("without=image",))
     refused("--recipe .*: no such file", recipe=tmp_path / "none.yaml")
     with pytest.raises(DataError, match="it reads no images"):
         reveal(RevealOptions(shop.folder, "sasrec", "tiny", out=tmp_path / "no", avl="none"))
