@@ -9,7 +9,7 @@ import polars as pl
 
 from recllm.builders.catalog import ID_LIMIT, Catalog
 from recllm.builders.options import ItemOptions
-from recllm.builders.session import Session
+from recllm.builders.session import Session, timeless_run
 from recllm.data.keywords import write_keywords
 from recllm.errors import DataError
 from recllm.mllm.chat import Request, Result, message
@@ -143,8 +143,8 @@ def _mmsrarec(session: Session, options: ItemOptions) -> None:
         dropped: Counter[str] = Counter()
         table = keyword_table(session.catalog.ids, of_images.results(), of_texts.results(), dropped)
         tokens = list(session.backend.special_tokens)
-        facts = {"data_hash": session.dataset.data_hash, "dropped": dict(dropped)}
-        write_keywords(path, table, **facts, special_tokens=tokens)
+        facts = {"data_hash": session.dataset.data_hash, "dropped": dict(dropped), "run": timeless_run()}
+        write_keywords(path, table, **facts, model=session.backend.identity, special_tokens=tokens)
         print(f"{path}: {len(table):,} items, {table['keywords'].list.len().mean() or 0:.1f} keywords each")
         if dropped:
             left_out = ", ".join(f"{count:,} {reason}" for reason, count in dropped.most_common())

@@ -129,8 +129,7 @@ class Session:
             "decoding": decoding.as_dict(),
             "special_tokens": list(self.backend.special_tokens),
             "templates": {template.name: describe_template(template) for template in templates},
-            # Without the time: the same command writes the same bytes, also when it was killed and resumed.
-            "run": {name: value for name, value in describe_run().items() if name != "time"},
+            "run": timeless_run(),
             **facts,
         }
         write_texts(path, generated, metadata=metadata, extra=extra)
@@ -216,6 +215,11 @@ class Session:
         if self.options.price_in is not None and self.options.price_out is not None:
             cost = waiting * (prompt * self.options.price_in + answer * self.options.price_out) / 1e6
             print(f"{name}: about {cost:,.2f} at the given prices")
+
+
+def timeless_run() -> dict[str, Any]:
+    """Returns command and versions. Without the time, a command that is resumed writes the same bytes."""
+    return {name: value for name, value in describe_run().items() if name != "time"}
 
 
 def make_backend(options: ModelOptions) -> Backend:

@@ -23,6 +23,7 @@ from recllm.files import MANIFEST, read_json
 _HASHES = {"data_hash": "dataset", "split_hash": "split"}
 _SHOWN = ("system", "protocol", "status", "ranker", "model", "part", "name", "seed", "templates")
 _PATHS = ("command", "dataset", "split", "path", "weights", "run", "adapter", "text", "image")
+_PATHS += ("texts", "user_text", "item_texts", "prompts", "lists", "ranks")
 _SHORT, _LONGEST = 12, 300
 
 
@@ -31,7 +32,8 @@ class WhatisOptions:
     """Says what made a file or folder of recllm, from which files, and what has changed since.
 
     The files that it was made from are looked for at the paths that the command names, from the current
-    folder and from the folders above the file. Each is described in the same way, back to the raw log.
+    folder and from the folders above the file. Each is described in the same way, back to the raw log. The
+    weights of runs and the vectors are not compared with anything.
     """
 
     path: Positional[Annotated[Path, arg(metavar="PATH")]]
@@ -166,11 +168,16 @@ def _metadata(path: Path) -> dict[str, Any]:
         stored = stored if MADE in stored else {}
     else:
         return {}
-    content = {key.removeprefix("recllm."): value for key, value in stored.items() if key != "ARROW:schema"}
-    for key in (MADE, METADATA_KEY):
-        if (text := content.pop(key.removeprefix("recllm."), None)) is not None:
-            content |= {"is": key, **_object(text, path)}
-    return content if any(key.startswith("recllm.") for key in stored) else {}
+    ours = {key: value for key, value in stored.items() if key.startswith("recllm.") or key == "kind"}
+    if not any(key.startswith("recllm.") for key in ours):
+        return {}
+    content: dict[str, Any] = {"is": [*ours]}
+    for key, value in ours.items():
+        if value.startswith("{"):
+            content |= _object(value, path)
+        else:
+            content[key.removeprefix("recllm.")] = value
+    return content
 
 
 def _object(text: str, path: Path) -> dict[str, Any]:
@@ -182,11 +189,11 @@ def _object(text: str, path: Path) -> dict[str, Any]:
 
 
 def _kind_of_file(path: Path, content: Mapping[str, Any]) -> str:
-    if content.get("is") == METADATA_KEY:
+    if METADATA_KEY in content["is"]:
         return "texts"
     if path.suffix == ".safetensors":
         return str(content.get("kind", "vectors"))
-    if content.get("is") != MADE and "candidates" in content:
+    if MADE not in content["is"] and "candidates" in content:
         return "candidate lists"
     names = set(pl.read_parquet_schema(path))
     kinds = {
@@ -196,21 +203,29 @@ def _kind_of_file(path: Path, content: Mapping[str, Any]) -> str:
         "rank": "top-K lists",
         "score": "scores",
     }
-    return next((kind for column, kind in kinds.items() if column in names), "file")
+    of_columns = next((kind for column, kind in kinds.items() if column in names), None)
+    named = [key.removeprefix("recllm.") for key in content["is"] if key != MADE]
+    return of_columns or (named[0] if len(named) == 1 else "file")
 
 
 def _inputs(thing: Thing) -> list[Path]:
     """The files and folders that a thing names and that exist, without what only holds it."""
     own = thing.path.resolve()
     found: dict[Path, Path] = {}
+    dataset = thing.content.get("dataset")
+    bases = [Path(), *own.parents[:4], *([Path(dataset)] if isinstance(dataset, str) else [])]
     for name in (*_by_place(thing), *_names(thing.content)):
-        for base in (Path(), *thing.path.resolve().parents[:4]):
+        parts = Path(name).parts
+        if own.parts[-len(parts) :] == parts:
+            continue  # the thing itself, as its own command names it
+        for base in bases:
             place = base / name
-            if place.exists() and place.resolve() != own and not own.is_relative_to(place.resolve() / "x"):
-                if _states_itself(place):
-                    found.setdefault(place.resolve(), place)
-                break
-    return [place for real, place in found.items() if real != own]
+            if not place.exists():
+                continue
+            if not own.is_relative_to(place.resolve()) or place.resolve() in own.parents:
+                found.setdefault(place.resolve(), place)
+            break
+    return [place for real, place in found.items() if real != own and _states_itself(place)]
 
 
 def _by_place(thing: Thing) -> Iterator[Path]:
@@ -221,11 +236,16 @@ def _by_place(thing: Thing) -> Iterator[Path]:
             yield _from_here(folder)
         if (folder / "interactions.parquet").is_file() and (folder / MANIFEST).is_file():
             yield _from_here(folder)
-            wanted = thing.content.get("split_hash")
-            for manifest in sorted(folder.glob(f"splits/*/{MANIFEST}")) if wanted else ():
-                if hash_of_files(read_json(manifest, "a split")["files"]) == wanted:
-                    yield _from_here(manifest.parent)
+            for manifest in _splits(folder, thing.content.get("split_hash")):
+                yield _from_here(manifest.parent)
             return
+
+
+def _splits(dataset: Path, split_hash: str | None) -> Iterator[Path]:
+    """The manifests of a dataset's splits that have a hash."""
+    for manifest in sorted(dataset.glob(f"splits/*/{MANIFEST}")) if split_hash else ():
+        if hash_of_files(read_json(manifest, "a split")["files"]) == split_hash:
+            yield manifest
 
 
 def _names(content: Any, key: str = "") -> Iterator[str]:
@@ -239,8 +259,8 @@ def _names(content: Any, key: str = "") -> Iterator[str]:
             yield from _names(value, key)
     elif isinstance(content, str) and key in _PATHS and 0 < len(content) <= _LONGEST and "\0" not in content:
         yield content
-        if key in ("text", "image"):
-            yield f"texts/{content}.parquet"
+        if key in ("text", "image", "texts", "user_text", "item_texts"):
+            yield from (f"texts/{name}.parquet" for name in content.split("+"))
 
 
 def _states_itself(path: Path) -> bool:
@@ -265,6 +285,13 @@ def _follow(thing: Thing, seen: set[Path]) -> None:
             continue
         _follow(each, seen)
         thing.made_from.append(each)
+    kinds = {each.what for each in _all_of(thing)}
+    wanted = thing.stated.get("split") if "split" not in kinds else None
+    datasets = [each.path for each in _all_of(thing) if each.what == "dataset"] if wanted else []
+    for path in (manifest.parent for each in datasets for manifest in _splits(each, wanted)):
+        if path.resolve() not in seen:
+            seen.add(path.resolve())
+            thing.made_from.append(read_thing(path))
     wanted = thing.stated.get("candidates")
     splits = [each.path for each in _all_of(thing) if each.what == "split"] if wanted else []
     for path in (path for split in splits for path in sorted(split.glob("candidates/*/*.parquet"))):
@@ -310,17 +337,31 @@ def _facts(thing: Thing) -> Iterator[str]:
         shown = (name for name in ("torch", "transformers") if versions.get(name))
         named = ", ".join(f"{name} {versions[name]}" for name in shown)
         yield _plain(
-            f"made: {run.get('time')}, recllm {run.get('recllm')} at {run.get('git') or 'no git revision'}"
-            + (f", {named}" if named else "")
+            f"made: {run['time'] + ', ' if run.get('time') else ''}recllm {run.get('recllm')} at "
+            f"{run.get('git') or 'no git revision'}" + (f", {named}" if named else "")
         )
     for name in _SHOWN:
         value = content.get(name, (content.get("settings") or {}).get(name))
         if value is not None and value != "":
-            yield _plain(f"{name}: {', '.join(value) if isinstance(value, dict) else value}")
+            yield _plain(f"{name}: {_named(name, value)}")
     if isinstance(content.get("source"), Mapping):
-        yield _plain(f"source: {json.dumps(content['source'], ensure_ascii=False)}")
+        yield _plain(f"source: {_source(content['source'])}")
     if isinstance(content.get("coverage"), Mapping):
         yield _plain(f"coverage: {json.dumps(content['coverage'])}")
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    facts = ((name, value) for name, value in source.items() if isinstance(value, str | int | float))
+    return ", ".join(f"{name} {value}" for name, value in facts if value != "" and name != "truth")
+
+
+def _named(name: str, value: Any) -> str:
+    """Templates by their names, a model by its facts."""
+    if not isinstance(value, Mapping):
+        return str(value)
+    if name == "templates":
+        return ", ".join(value)
+    return ", ".join(f"{key} {fact}" for key, fact in value.items() if isinstance(fact, str | int | float))
 
 
 def _plain(text: object) -> str:

@@ -13,19 +13,27 @@ from typing import Any
 
 import recllm
 
+_SCRIPTS = ("recipes", "eval", "data_builders", "benchmarks")
 PACKAGES = ("numpy", "scipy", "polars", "torch", "transformers", "peft", "bitsandbytes", "accelerate")
 
 
 def describe_run() -> dict[str, Any]:
     """Returns what made a file: command line, UTC time, versions, git revision."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_program(Path(sys.argv[0])), *sys.argv[1:]],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recllm": recllm.__version__,
         "git": git_revision(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _program(path: Path) -> str:
+    """Returns what a user types for the program: `recllm`, or a script with its folder in the checkout."""
+    if path.name == "cli.py" and path.parent.name == "recllm":
+        return "recllm"
+    return f"{path.parent.name}/{path.name}" if path.parent.name in _SCRIPTS else path.name
 
 
 def describe_machine() -> str:

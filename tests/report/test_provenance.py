@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from recllm.cli import main
@@ -44,7 +45,7 @@ def test_a_score_file_is_followed_back_to_the_source(copy: Path, capsys: pytest.
     text = capsys.readouterr().out
     assert text.startswith(f"toys/splits/loo/candidates/{CANDIDATES}/test.parquet: candidate lists\n")
     assert "  toys/splits/loo: split (unchanged)" in text
-    assert "    toys: dataset (unchanged)" in text and '"kind": "toyworld"' in text
+    assert "    toys: dataset (unchanged)" in text and "source: kind toyworld" in text
 
 
 def test_scores_name_command_candidates_split_and_dataset(copy: Path):
@@ -81,6 +82,33 @@ def test_a_missing_input_is_named(copy: Path):
     shutil.rmtree(copy / "toys")
     text = "\n".join(describe(alone))
     assert "the split that it was made from (hash " in text and "was not found from here" in text
+
+
+def test_a_dataset_of_the_same_name_in_another_folder_is_no_ancestor(copy: Path):
+    inner = copy / "inner"
+    inner.mkdir()
+    shutil.copytree(copy / "toys", inner / "toys")
+    manifest = inner / "toys" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["run"]["command"] = ["recllm", "data", "toyworld", "toys"]
+    manifest.write_text(json.dumps(content))
+    lines = list(describe(inner / "toys"))
+    assert [line for line in lines if ": dataset" in line] == [f"{inner / 'toys'}: dataset"]
+
+
+def test_scores_by_texts_of_items_name_the_texts_file(copy: Path):
+    run = {"command": ["recllm", "score", "profile", "toys/splits/loo"], "recllm": "0"}
+    texts = pl.DataFrame({"id": ["1"], "text": ["t"]})
+    (copy / "toys" / "texts").mkdir()
+    texts.write_parquet(
+        copy / "toys" / "texts" / "mine.parquet", metadata={"recllm.texts": json.dumps({"run": run})}
+    )
+    made = {"recllm.made": json.dumps({"texts": "title+mine", "dataset": str(copy / "toys"), "run": run})}
+    scores = pl.DataFrame({"user": ["1"], "item": ["1"], "score": [1.0]})
+    scores.write_parquet(copy / "scores" / "profile.parquet", metadata=made)
+    lines = list(describe(copy / "scores" / "profile.parquet"))
+    assert lines[0].endswith("profile.parquet: scores")
+    assert any(line.endswith("texts/mine.parquet: texts") for line in lines)
 
 
 def test_a_table_of_a_dataset_belongs_to_it(copy: Path):
