@@ -6,13 +6,13 @@ BIN := $(VENV)/bin
 .PHONY: quickstart test lint tables clean
 
 quickstart: $(VENV)/.ready
-	@echo "== quickstart (5 to 10 minutes on two cores; what is finished is used again)"
+	@echo "== quickstart (8 minutes on two cores; what is finished is used again)"
 	@HF_HUB_OFFLINE=1 $(BIN)/recllm quickstart quickstart
 
 test: $(VENV)/.ready
 	@echo "== lint (seconds)"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check -q .
-	@echo "== tests (7 to 9 minutes on two cores)"
+	@echo "== tests (about 15 minutes on two cores)"
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.ready

@@ -62,6 +62,7 @@ def with_tables(readme: str) -> str:
         generation,
         saved,
         for_nothing,
+        quickstart,
     )
     tables = {maker.__name__: maker() for maker in makers}
     for name, text in tables.items():
@@ -70,6 +71,20 @@ def with_tables(readme: str) -> str:
         if found != 1:
             raise SystemExit(f"README.md: expected one place for the table {name!r}, found {found}")
     return readme
+
+
+def quickstart() -> str:
+    """Seconds of the quickstart from an empty folder, and the AUC that it ends with."""
+    ways = results("quickstart")["figures"]
+    rows = [["step", *ways]]
+    for step in next(iter(ways.values()))["steps"]:
+        rows.append([step, *(f"{way['steps'].get(step, 0):,} s" for way in ways.values())])
+    rows.append(["all", *(f"{way['seconds']:,} s" for way in ways.values())])
+    for system in sorted({name for way in ways.values() for name in way["auc"]}):
+        rows.append(
+            [f"AUC of {system}", *(f"{way['auc'].get(system, float('nan')):.3f}" for way in ways.values())]
+        )
+    return table(rows)
 
 
 def for_nothing() -> str:
