@@ -17,6 +17,7 @@ from recllm.builders.users import summarize_users
 from recllm.cli import main
 from recllm.data.candidates import CandidateOptions, make_candidates
 from recllm.data.splits import Split
+from recllm.data.texts import read_texts
 from recllm.errors import DataError
 from tests.builders.worlds import split_of, words_of, write_world
 from tests.conftest import make_dataset
@@ -346,16 +347,23 @@ def test_what_is_missing_is_counted(world, capsys):
 def test_an_empty_answer_makes_no_turn(world, backend, monkeypatch):
     from recllm.mllm.chat import Result
 
-    def nothing(requests, decoding):
-        yield [Result(key, "", 1, 1, "stop") for key, _ in requests]
+    def some(requests, decoding):
+        words = ("likes mugs", " ")
+        yield [Result(key, words[place % 2], 1, 1, "stop") for place, (key, _) in enumerate(requests)]
 
-    monkeypatch.setattr(backend, "generate", nothing)
+    monkeypatch.setattr(backend, "generate", some)
     backend.identity["model"] = "mute"
     summarize_users(UserOptions(world.folder, "mute", parts=("train", "valid"), overwrite=True))
     build_instructions(InstructionOptions(world.folder, form="cot"))
-    for row in rows_of(world, name="loo-cot"):
-        assert all(turn["content"] for turn in row["prompt"])
-        assert [turn["role"] for turn in row["prompt"]] == ["user", "assistant"] * 2 + ["user"]
+    _, metadata = read_texts(world.folder / "texts" / "tubc-valid.parquet")
+    assert metadata["unusable_count"] > 0
+    rows = [*rows_of(world, name="loo-cot"), *rows_of(world, "valid", name="loo-cot")]
+    assert rows
+    for row in rows:
+        parts = [part for turn in row["prompt"] for part in turn["content"]]
+        assert all(part["text"].strip() for part in parts if part["type"] == "text")
+        roles = [turn["role"] for turn in row["prompt"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
 
 
 def test_parts_are_not_deleted_by_writing_others(world):
