@@ -18,6 +18,7 @@ from recllm.errors import DataError
 
 PROBLEM = "__problem"
 _SAMPLE = 1000
+_POINTED = r"^(-?[0-9]+)\.0$"  # as `WHOLE`, with the number in a group
 
 
 def write_interactions(raw: RawTable, path: Path, times: TimeReading, findings: Findings) -> pl.Series:
@@ -157,7 +158,7 @@ def _typed(
     """
     types = frame.collect_schema()
     columns = [clean_id(frame, "user", findings), clean_id(frame, "item", findings)]
-    user, item = columns
+    user, item = pl.col("user"), pl.col("item")
     undecoded = user.str.contains("\ufffd", literal=True) | item.str.contains("\ufffd", literal=True)
     problem = pl.when(user.is_null()).then(pl.lit("no user id"))
     problem = problem.when(item.is_null()).then(pl.lit("no item id"))
@@ -169,7 +170,8 @@ def _typed(
     if "review" in types:
         text = pl.col("review").cast(pl.String)
         columns.append(pl.when(text != "").then(text).alias("review"))
-    return frame.with_columns(*columns, problem.otherwise(None).alias(PROBLEM))
+    # In two steps, so that ids are cleaned once and not again for each condition.
+    return frame.with_columns(columns).with_columns(problem.otherwise(None).alias(PROBLEM))
 
 
 def clean_id(frame: pl.LazyFrame, name: str, findings: Findings) -> pl.Expr:
@@ -187,13 +189,11 @@ def clean_id(frame: pl.LazyFrame, name: str, findings: Findings) -> pl.Expr:
         return column.cast(pl.String).alias(name)
     text = column.str.strip_chars()
     first = frame.select(text).head(_SAMPLE).filter(pl.col(name).str.contains(WHOLE)).head(1).collect()[name]
-    whole = text.str.strip_suffix(".0")
-    pointed = text.str.ends_with(".0") & whole.cast(pl.Int64, strict=False).is_not_null()
     if len(first):
         findings.note(
             f"{name} ids such as {first[0]!r} are whole numbers written with '.0', which was removed"
         )
-    text = pl.when(pointed).then(whole).otherwise(text)
+    text = pl.when(text.str.ends_with(".0")).then(text.str.replace(_POINTED, "$1")).otherwise(text)
     return pl.when(~text.is_in(MISSING)).then(text).alias(name)
 
 
