@@ -51,7 +51,7 @@ def measure(items: int, pipe) -> None:
     vectors, interactions = world(items)
     present = torch.ones(items, dtype=torch.bool)
     nearest_neighbors(vectors[:200], present[:200], K)  # imports and threads
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before, figures = resident("VmRSS"), {}
     clock, cpu = time.perf_counter(), time.process_time()
 

@@ -55,7 +55,7 @@ ROWS = {
 
 
 class Rule:
-    """Stands in for an MLLM: sees a picture without error, and lists what a prompt says of a user's items."""
+    """Stands in for an MLLM: reads pictures without error, and lists a user's items from the prompt."""
 
     special_tokens = ()
 

@@ -68,7 +68,7 @@ def serve(name: str, items: int, pipe) -> None:
     vectors = vectors_of(items)
     CONTENDERS[name](vectors[:200])  # imports and threads
     while pipe.recv():
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         before = resident("VmRSS")
         started = time.perf_counter()
         graph = CONTENDERS[name](vectors)

@@ -49,7 +49,7 @@ def train(items: int, loss: str, pipe) -> None:
     """Trains three steps on a catalog, and sends memory, seconds and losses."""
     run_steps(make_data(300), loss)  # imports and threads
     data = make_data(items)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     kept, seconds, losses = run_steps(data, loss)
     peak = resident("VmHWM") - before

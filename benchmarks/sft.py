@@ -251,7 +251,7 @@ class Memory:
             self._cuda.reset_peak_memory_stats()
             self._before = self._cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
             self._before = _resident("VmRSS")
 
     def peak(self) -> float:

@@ -23,7 +23,7 @@ from recllm.prompts.templates import Template
 YES, NO = "Yes.", "No."
 """The two completions (MLLM-SRec, table 1)."""
 NOTHING_KNOWN = "(nothing is known of it)"
-"""What a prompt says of an item without title, text and image."""
+"""What a prompt says about an item without title, text and image."""
 _NUMBERED_MARK = re.compile(f"{IMAGE_MARK}([0-9]+){IMAGE_MARK}")
 
 

@@ -282,7 +282,7 @@ def _keyword_composer(
 
 
 def _described(neighbors: Neighbors) -> dict[str, Any]:
-    """What a manifest says of the neighbors."""
+    """What a manifest says about the neighbors."""
     names = ("ranker", "top_k", "base", "time", "next_items")
     facts = {name: neighbors.facts.get(name) for name in names}
     return {"name": neighbors.path.stem, **facts, **describe_file(neighbors.path)}

@@ -289,7 +289,7 @@ def _draw_part(
     if len(rows) and not enough.any():
         place = int(sampler.left(users).argmax())
         raise DataError(
-            f"each user of the {part} part has touched so many items that fewer than {count} are left to "
+            f"each user of the {part} part interacted with so much that fewer than {count} items are left to "
             f"draw negatives from ({options.sampling} sampling; user {user_ids[place]!r} has the most, "
             f"{sampler.left(users[place : place + 1])[0]}); use fewer --negatives, or full ranking"
         )

@@ -87,7 +87,7 @@ class Neighbors:
 
     @classmethod
     def open(cls, path: Path, split: Split, parts: Sequence[str]) -> Neighbors:
-        """Reads a file and checks what it says of some parts.
+        """Reads a file and checks what it says about some parts.
 
         Args:
             path: The file.

@@ -186,7 +186,7 @@ def read_features(dataset: Dataset, path: Path, *, order: str | None = None) -> 
 
 
 def no_features(items: int, source: str) -> Features:
-    """Returns features of width 1 that none of so many items has."""
+    """Returns features of width 1 that none of the N items has."""
     return Features(np.zeros((items, 1), np.float32), np.zeros(items, bool), source)
 
 

@@ -145,7 +145,7 @@ def embed_images(options: EmbedImagesOptions) -> Path:
 def _prompts(
     options: EmbedImagesOptions, dataset: Dataset, ids: list[str]
 ) -> tuple[dict[str, str], dict[str, Any]]:
-    """Returns a prompt for each item id, and what the vectors' file says of them."""
+    """Returns a prompt for each item id, and what the vectors' file says about them."""
     if options.prompts is None:
         if not options.prompt.strip():
             raise DataError("--prompt is empty; say what to look at in the image")

@@ -67,7 +67,7 @@ class Cycle:
     critic: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """Returns what the manifest says of the cycle."""
+        """Returns what the manifest says about the cycle."""
         return {
             "cycle": self.number,
             "rewritten": self.rewritten,

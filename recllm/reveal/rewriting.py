@@ -69,7 +69,7 @@ class ImageRewriteOptions(ModelOptions):
     share: float = 0.25
     """Share of the items with feedback that are rewritten, by priority; 0.25 as released."""
     choose: Literal["feedback", "random"] = "feedback"
-    """random: as many items, drawn at random, and each is told the feedback of another one: a control that
+    """random: as many items, drawn at random, each with the feedback of another one: a control that
     costs the same and knows nothing (ours)."""
     choice_seed: int = 0
     """Seed of --choose random."""

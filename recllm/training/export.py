@@ -161,7 +161,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 
 def _made_from(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a run says of its rows (fine-tuning) or its items (GRPO), the dataset's place among it."""
+    """What a run says about its rows (fine-tuning) or its items (GRPO), the dataset's place among it."""
     return manifest["data"] if manifest["kind"] == GRPO else manifest["instructions"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import shutil
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -93,6 +94,23 @@ def open_run(options: SFTOptions) -> RunFolder:
         run = replace(run, parts=_open_parts(options))
     if run.checkpoint is not None:
         _check_rows(run)
+    return start_run(run, lambda: _manifest(options, run, TRAINING))
+
+
+def start_run(run: RunFolder, manifest: Callable[[], dict[str, Any]]) -> RunFolder:
+    """Locks a run's folder, and empties it for a new run; on all ranks, of which rank 0 changes it.
+
+    Args:
+        run: Where the run begins or goes on; returned as it is if it is finished.
+        manifest: Makes the manifest of a run that begins.
+
+    Returns:
+        The run, with the lock on rank 0.
+
+    Raises:
+        BusyError: Another process trains in the folder.
+        DataError: The folder holds what other commands made.
+    """
     sum_over_ranks([0])  # all ranks have looked before rank 0 changes anything
     if rank() == 0 and run.finished:
         print(f"{run.path} is finished; --overwrite trains it again")
@@ -103,9 +121,9 @@ def open_run(options: SFTOptions) -> RunFolder:
             run.path.mkdir(parents=True, exist_ok=True)
             empty_folder(run.path)
             run.checkpoints.mkdir()
-            write_json(run.path / MANIFEST, _manifest(options, run, TRAINING))
+            write_json(run.path / MANIFEST, manifest())
         else:
-            print(f"going on from {run.checkpoint}", flush=True)
+            print(f"resuming from {run.checkpoint}", flush=True)
     sum_over_ranks([0])
     return run
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import Trainer
 from trl import SFTTrainer
 
 from recllm.mllm.prefix.attention import shared_prefix_attention
 from recllm.progress import Progress
-from recllm.training.checkpoints import drop_old, mark_complete
+from recllm.training.callbacks import Steps, keep_checkpoint
 from recllm.training.collate import IMAGE_KEYS
 from recllm.training.packing import IGNORED
 from recllm.training.sampling import EpochSampler
@@ -74,7 +73,7 @@ class RecSFTTrainer(SFTTrainer):
         self._progress: Progress | None = None
         self._seen = {"tokens": 0, "rows": 0}
         self._clock = time.perf_counter()
-        self.add_callback(_Steps(self, save_every))
+        self.add_callback(Steps(self, save_every))
 
     def _send_telemetry(self) -> None:
         """Nothing is sent anywhere that was not asked for."""
@@ -205,41 +204,4 @@ class RecSFTTrainer(SFTTrainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(self.args.output_dir)
-            mark_complete(folder / f"checkpoint-{self.state.global_step}")
-            best = self.state.best_global_step
-            drop_old(folder, self._keep, best and folder / f"checkpoint-{best}")
-        self.accelerator.wait_for_everyone()
-
-
-class _Steps(TrainerCallback):
-    """Tells the sampler its epoch, and validates the untrained model."""
-
-    def __init__(self, trainer: RecSFTTrainer, save_every: int | None):
-        self._trainer, self._save_every = trainer, save_every
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Curves begin before the first step; a run that had stopped early does not go on when resumed."""
-        if self._trainer.args.should_save and not sys.stderr.isatty():  # on a terminal transformers has a bar
-            self._trainer._progress = Progress(
-                desc="training", total=state.max_steps, unit="step", initial=state.global_step
-            )
-        if state.global_step == 0:
-            self._trainer.validate()
-        for callback in self._trainer.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                patience = callback.early_stopping_patience
-                control.should_training_stop |= callback.early_stopping_patience_counter >= patience
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Saves between validations."""
-        if self._trainer._progress is not None:
-            self._trainer._progress.update()
-        if self._save_every is not None and state.global_step % self._save_every == 0:
-            control.should_save = True
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """accelerate passes the epoch on to a sampler, but not through all of its wrappers."""
-        self._trainer._sampler.set_epoch(int(state.epoch or 0))
+        keep_checkpoint(self, self._keep)

@@ -160,7 +160,9 @@ def test_users_with_too_few_items_left_are_left_out_and_named(tmp_path):
     assert lists["user"].unique().to_list() == ["u"] and len(lists) == 4
     left_out = json.loads((folder / "manifest.json").read_text())["left_out"]
     assert left_out["test"] == {"lists": 1, "users": ["greedy"]}
-    with pytest.raises(DataError, match=r"fewer than 8 are left to draw negatives.*user 'u' has the most, 7"):
+    with pytest.raises(
+        DataError, match=r"fewer than 8 items are left to draw negatives.*user 'u' has the most, 7"
+    ):
         make_candidates(split, CandidateOptions(split.folder, negatives=8))
 
 

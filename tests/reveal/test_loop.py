@@ -102,7 +102,7 @@ class Pretending:
 
 @pytest.fixture
 def quick(monkeypatch) -> None:
-    """Leaves out what a manifest says of versions, which asks git each time."""
+    """Leaves out the versions in a manifest, which asks git each time."""
     monkeypatch.setattr(loop, "describe_run", dict)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from recllm.errors import DataError
 from recllm.runs.log import Journal, read_log
-from recllm.training import trainer as trainer_module
+from recllm.training import callbacks
 from recllm.training.checkpoints import complete_checkpoints, drop_old, mark_complete
 from recllm.training.trainer import RecSFTTrainer
 from recllm.training.validation import Validation
@@ -34,7 +34,7 @@ class Killed(BaseException):
 @contextmanager
 def killed_at(step: int, *, before_mark: bool) -> Iterator[None]:
     """Ends a run right after the checkpoint of a step is whole, or while it is not yet."""
-    save, mark = RecSFTTrainer._save_checkpoint, trainer_module.mark_complete
+    save, mark = RecSFTTrainer._save_checkpoint, callbacks.mark_complete
 
     def save_and_die(self, *arguments):
         save(self, *arguments)
@@ -49,7 +49,7 @@ def killed_at(step: int, *, before_mark: bool) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         if before_mark:
-            patch.setattr(trainer_module, "mark_complete", die_instead_of_marking)
+            patch.setattr(callbacks, "mark_complete", die_instead_of_marking)
         else:
             patch.setattr(RecSFTTrainer, "_save_checkpoint", save_and_die)
         yield

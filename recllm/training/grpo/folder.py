@@ -12,11 +12,11 @@ from recllm.data.dataset import Dataset
 from recllm.data.splits import Split
 from recllm.data.texts import CATALOG
 from recllm.errors import DataError
-from recllm.files import MANIFEST, read_json, refuse_nested, sha256, write_file, write_json
+from recllm.files import MANIFEST, read_json, sha256, write_file, write_json
 from recllm.processes import rank, sum_over_ranks, world_size
 from recllm.prompts import TEMPLATES
 from recllm.prompts.templates import load_templates
-from recllm.runs.folder import FINISHED, GRPO, TRAINING, check_resumable, lock_run
+from recllm.runs.folder import FINISHED, GRPO, TRAINING, check_resumable
 from recllm.runs.log import read_log
 from recllm.runs.provenance import describe_run
 from recllm.training.folder import (
@@ -25,8 +25,8 @@ from recllm.training.folder import (
     check_optimizer,
     check_reports,
     checkpoint_to_resume,
-    empty_folder,
     keep_weights,
+    start_run,
 )
 from recllm.training.grpo.options import GRPOOptions
 from recllm.training.grpo.rows import open_parts
@@ -60,21 +60,7 @@ def open_run(options: GRPOOptions) -> RunFolder:
         run = _resumed(options, run, data)
     elif options.resume not in ("auto", "none"):
         raise DataError(f"--resume {options.resume}: there is no run in {run.path} to go on with")
-    sum_over_ranks([0])  # all ranks have looked before rank 0 changes anything
-    if rank() == 0 and run.finished:
-        print(f"{run.path} is finished; --overwrite trains it again")
-    elif rank() == 0:
-        run = replace(run, lock=lock_run(run.path))
-        if run.checkpoint is None:
-            refuse_nested(run.path)
-            run.path.mkdir(parents=True, exist_ok=True)
-            empty_folder(run.path)
-            run.checkpoints.mkdir()
-            write_json(run.path / MANIFEST, _manifest(options, data, TRAINING))
-        else:
-            print(f"going on from {run.checkpoint}", flush=True)
-    sum_over_ranks([0])
-    return run
+    return start_run(run, lambda: _manifest(options, data, TRAINING))
 
 
 def keep_run(

@@ -75,7 +75,7 @@ class GRPOOptions:
     """Items that are held out, drawn by the seed: never trained on, they choose the step that is kept. For
     choose: targets of the validation part, spread evenly over all."""
     limit: int | None = None
-    """Only the first so many items; for choose, training rows."""
+    """Only the first N items; for choose, training rows."""
     max_prompt_tokens: int | None = None
     """Refuse prompts that are longer, images included; by default those that the model cannot take."""
 
